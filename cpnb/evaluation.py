@@ -1,0 +1,206 @@
+"""Measure a classifier: mean loss and accuracy on labelled images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+SPLITS = ("train", "validation", "test")
+
+
+def images_and_labels(data: Any, split: str = "validation") -> tuple[Tensor, Tensor]:
+    """Read images and labels from a data set or from a plain pair, and check them.
+
+    Args:
+        data: A data set with the attributes ``train``, ``validation`` and ``test``,
+            each a pair; or one pair ``(images, labels)`` of tensors. Images have
+            shape ``(n, ...)`` and a floating dtype, labels have shape ``(n,)``.
+        split: The split taken from a data set. A plain pair has no splits and is
+            returned whatever ``split`` says.
+
+    Returns:
+        The images, shape ``(n, ...)``, and the labels, shape ``(n,)``, not copied.
+
+    Raises:
+        TypeError: If ``data`` is neither, or holds the wrong kind of tensor.
+        ValueError: If ``split`` is unknown, the lengths differ, a shape is wrong,
+            there are no images, or a label is negative.
+
+    Example:
+        >>> images, labels = images_and_labels((torch.zeros(3, 8), torch.arange(3)))
+        >>> images.shape, labels.tolist()
+        (torch.Size([3, 8]), [0, 1, 2])
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split is {split!r}, expected one of {', '.join(SPLITS)}.")
+    pair = data
+    if all(hasattr(data, name) for name in SPLITS):
+        pair = getattr(data, split)
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        size = f" of length {len(pair)}" if isinstance(pair, (tuple, list)) else ""
+        raise TypeError(
+            f"data is a {type(pair).__name__}{size}, expected a data set with train, "
+            "validation and test, or a pair (images, labels) of tensors. Start with "
+            'load_data("digits").'
+        )
+    images, labels = pair
+    _check_pair(images, labels)
+    return images, labels
+
+
+def accuracy(model: nn.Module, data: Any, *, batch_size: int = 1000) -> float:
+    """Share of images whose largest score is the right class.
+
+    Args:
+        model: Maps images ``(n, ...)`` to scores ``(n, classes)``.
+        data: A data set, of which the validation split is used, or a pair
+            ``(images, labels)``. Pass ``data.test`` to touch the test split.
+        batch_size: Images per forward pass; does not change the result.
+
+    Returns:
+        A number from 0 to 1.
+
+    Raises:
+        TypeError: As :func:`evaluate`.
+        ValueError: As :func:`evaluate`.
+    """
+    return evaluate(model, data, batch_size=batch_size)["accuracy"]
+
+
+def evaluate(
+    model: nn.Module, data: Any, *, batch_size: int = 1000
+) -> dict[str, float]:
+    """Mean cross entropy and accuracy of a model, without gradients.
+
+    The model runs in evaluation mode; each submodule's ``training`` flag is put back
+    afterwards, also after an error. Batches go to the model's device and dtype.
+
+    Args:
+        model: Maps images ``(n, ...)`` to scores ``(n, classes)``.
+        data: A data set, of which the validation split is used, or a pair
+            ``(images, labels)``. Pass ``data.test`` to touch the test split.
+        batch_size: Images per forward pass; does not change the result.
+
+    Returns:
+        ``{"loss": mean cross entropy in nats, "accuracy": from 0 to 1}``.
+
+    Raises:
+        TypeError: If ``model``, ``data`` or ``batch_size`` has the wrong type.
+        ValueError: If ``data`` is malformed, ``batch_size`` is below 1, or the scores
+            do not fit the labels.
+
+    Example:
+        >>> pair = torch.tensor([[2.0, 0.0], [0.0, 3.0]]), torch.tensor([0, 0])
+        >>> evaluate(nn.Identity(), pair)["accuracy"]
+        0.5
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model is a {type(model).__name__}, expected a torch.nn.Module."
+        )
+    images, labels = images_and_labels(data)
+    check_batch_size(batch_size)
+    device, dtype = placement(model, images)
+    loss, correct = 0.0, 0
+    # no_grad, not inference_mode: a tensor that a layer caches here must stay usable
+    # in a later training step.
+    with evaluation_mode(model), torch.no_grad():
+        for batch, target in zip(
+            images.split(batch_size), labels.split(batch_size), strict=True
+        ):
+            scores = model(batch.to(device, dtype))
+            target = target.to(device, torch.long)
+            check_scores(scores, target)
+            loss += F.cross_entropy(scores.double(), target, reduction="sum").item()
+            correct += int((scores.argmax(1) == target).sum())
+    return {"loss": loss / len(labels), "accuracy": correct / len(labels)}
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[nn.Module]:
+    """Switch to evaluation mode; on exit give every submodule its own flag back.
+
+    Unlike ``model.train()`` this keeps submodules that were frozen on purpose frozen.
+    """
+    flags = {module: module.training for module in model.modules()}
+    try:
+        yield model.eval()
+    finally:
+        for module, flag in flags.items():
+            module.training = flag
+
+
+def placement(model: nn.Module, images: Tensor) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype of the model, or of the images when it holds no float tensor."""
+    tensors = chain(model.parameters(), model.buffers())
+    first = next((tensor for tensor in tensors if tensor.is_floating_point()), images)
+    return first.device, first.dtype
+
+
+def check_batch_size(batch_size: int) -> None:
+    """Refuse anything but a whole number of at least 1."""
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int):
+        raise TypeError(f"batch_size is {batch_size!r}, expected an int, at least 1.")
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}, expected at least 1.")
+
+
+def check_scores(scores: Tensor, labels: Tensor) -> None:
+    """Refuse scores that are not one row per label with a column per class."""
+    if not isinstance(scores, Tensor):
+        raise TypeError(
+            f"model returned a {type(scores).__name__}, expected a tensor of scores "
+            "with shape (n, classes)."
+        )
+    if scores.ndim != 2 or len(scores) != len(labels):
+        raise ValueError(
+            f"model returned scores of shape {tuple(scores.shape)}, expected "
+            f"({len(labels)}, classes): one row per image."
+        )
+    # On CUDA an unknown class would abort the process, so it is looked for first.
+    if (largest := int(labels.max())) >= scores.shape[1]:
+        raise ValueError(
+            f"labels contain class {largest}, but the model scores {scores.shape[1]} "
+            f"classes (0 to {scores.shape[1] - 1}). Build it with at least "
+            f"{largest + 1} classes."
+        )
+
+
+def _check_pair(images: Tensor, labels: Tensor) -> None:
+    for name, tensor in (("images", images), ("labels", labels)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(
+                f"{name} is a {type(tensor).__name__}, expected a torch.Tensor. "
+                "Convert it with torch.as_tensor."
+            )
+    if not images.is_floating_point():
+        raise TypeError(
+            f"images have dtype {images.dtype}, expected a floating dtype. Convert "
+            "and scale them first, for example images.float() / 255."
+        )
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TypeError(
+            f"labels have dtype {labels.dtype}, expected integer class numbers."
+        )
+    if labels.ndim != 1:
+        raise ValueError(
+            f"labels have shape {tuple(labels.shape)}, expected (n,): one class number "
+            "per image, not one-hot rows."
+        )
+    if images.ndim < 2 or len(images) != len(labels):
+        raise ValueError(
+            f"images have shape {tuple(images.shape)}, expected ({len(labels)}, ...) "
+            f"from the {len(labels)} labels."
+        )
+    if not len(labels):
+        raise ValueError("data holds no images, expected at least one.")
+    if (smallest := int(labels.min())) < 0:
+        raise ValueError(
+            f"labels contain {smallest}, expected class numbers from 0 upward."
+        )
