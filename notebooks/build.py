@@ -1,0 +1,209 @@
+"""Generate the notebooks from their percent scripts, one way, and execute them.
+
+``python notebooks/build.py`` brings every stale notebook up to date,
+``python notebooks/build.py 00 05`` only these, ``--force`` executes them in any case
+(after a change in the library) and ``--check`` says which are stale and changes
+nothing. Edited text is taken over without a new execution; edited code is executed in
+full mode, whose outputs are kept, and in fast mode, whose time is kept.
+"""
+
+import argparse
+import hashlib
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+import jupytext
+import nbformat
+
+HERE = Path(__file__).resolve().parent
+CELL_TIMEOUT = 900  # seconds
+WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
+PROGRESS = re.compile(r"\d+%\|.*\||\d+it \[\d")  # a line that tqdm drew
+METADATA = {
+    "kernelspec": {
+        "display_name": "Python 3 (ipykernel)",
+        "language": "python",
+        "name": "python3",
+    },
+    "language_info": {
+        "file_extension": ".py",
+        "mimetype": "text/x-python",
+        "name": "python",
+        "pygments_lexer": "ipython3",
+    },
+}
+
+
+def code_hash(notebook):
+    """Hash what outputs depend on: the code cells, in their order."""
+    code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    return hashlib.sha256("\0".join(code).encode()).hexdigest()
+
+
+def from_script(script):
+    """Read a percent script as a notebook whose cell ids follow from the sources."""
+    notebook = jupytext.read(script, fmt="py:percent")
+    notebook.metadata.clear()
+    notebook.metadata.update(METADATA)
+    seen = {}
+    for cell in notebook.cells:
+        seen[cell.source] = seen.get(cell.source, 0) + 1
+        text = f"{cell.cell_type} {seen[cell.source]} {cell.source}"
+        cell.id = hashlib.sha256(text.encode()).hexdigest()[:8]
+    return notebook
+
+
+def stale(script):
+    """Say why the notebook beside a script must be built anew; empty when it need not.
+
+    Args:
+        script: Path of the percent script.
+
+    Returns:
+        One of ``""``, ``"text"`` (outputs still hold) and ``"code"``.
+    """
+    target = script.with_suffix(".ipynb")
+    if not target.exists():
+        return "code"
+    new, old = from_script(script), nbformat.read(target, as_version=4)
+    if old.metadata.get("cpnb", {}).get("code_hash") != code_hash(new):
+        return "code"
+    if code_hash(old) != code_hash(new):  # somebody edited the notebook's own code
+        return "code"
+
+    def cells(notebook):
+        return [(c.cell_type, c.id, c.source, c.metadata) for c in notebook.cells]
+
+    return "" if cells(old) == cells(new) else "text"
+
+
+def kernel_environment(fast):
+    """Environment of a kernel that finds this checkout and runs in the stated mode."""
+    environment = dict(os.environ)
+    for name in ("CPNB_FAST", "MPLBACKEND"):
+        environment.pop(name, None)
+    if fast:
+        environment["CPNB_FAST"] = "1"
+    paths = [str(HERE.parent), environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    return environment
+
+
+def execute(notebook, *, fast, folder=HERE, timeout=CELL_TIMEOUT):
+    """Run all cells in a new kernel, in place.
+
+    Args:
+        notebook: Notebook node; its outputs are replaced.
+        fast: Whether the notebook runs in fast mode.
+        folder: Working folder of the kernel.
+        timeout: Longest time of one cell in seconds.
+
+    Returns:
+        Seconds from the start of the kernel to the last output.
+
+    Raises:
+        nbclient.exceptions.CellExecutionError: If a cell raises.
+        nbclient.exceptions.CellTimeoutError: If a cell takes longer than ``timeout``.
+    """
+    from nbclient import NotebookClient  # not needed to check pairs
+
+    client = NotebookClient(
+        notebook,
+        timeout=timeout,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(folder)}},
+        record_timing=False,
+        coalesce_streams=True,
+        store_widget_state=False,
+    )
+    start = time.perf_counter()
+    client.execute(env=kernel_environment(fast))
+    return time.perf_counter() - start
+
+
+def tidy(notebook):
+    """Remove what would differ at the next execution or does not show without a kernel.
+
+    Widget views point at a model that died with the kernel (the picture beside them
+    stays), progress bars hold times; both go. Other text on stderr stays.
+    """
+    notebook.metadata.clear()
+    notebook.metadata.update(METADATA)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            tidied = map(_tidy_output, cell.outputs)
+            cell.outputs = [output for output in tidied if output]
+
+
+def _tidy_output(output):
+    """Return the output without what does not last; None if nothing is left."""
+    if output.output_type == "stream":
+        lines = re.split(r"(?<=[\r\n])", output.text)
+        output.text = "".join(line for line in lines if not PROGRESS.search(line))
+        return output if output.text.strip() else None
+    if "data" in output:
+        output.data.pop(WIDGET_VIEW, None)
+        return output if output.data else None
+    return output
+
+
+def build(script, *, reason):
+    """Write the notebook beside a script, executed if its code changed.
+
+    Args:
+        script: Path of the percent script.
+        reason: What changed, as :func:`stale` says it.
+    """
+    target = script.with_suffix(".ipynb")
+    new = from_script(script)
+    if reason == "code":
+        fast = execute(from_script(script), fast=True)
+        full = execute(new, fast=False)
+        tidy(new)
+        seconds = {"fast": round(fast), "full": round(full), "cores": os.cpu_count()}
+        new.metadata["cpnb"] = {"code_hash": code_hash(new), "seconds": seconds}
+    else:
+        old = nbformat.read(target, as_version=4)
+        done = [cell for cell in old.cells if cell.cell_type == "code"]
+        for cell in new.cells:
+            if cell.cell_type == "code":
+                source = done.pop(0)
+                cell.outputs = source.outputs
+                cell.execution_count = source.execution_count
+        new.metadata["cpnb"] = old.metadata["cpnb"]
+    nbformat.validate(new)
+    nbformat.write(new, target)
+
+
+def main(arguments=None):
+    """Build or check the named notebooks; the exit status says whether all is well."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("numbers", nargs="*", help="such as 00 05; all by default")
+    parser.add_argument("--check", action="store_true", help="change nothing")
+    parser.add_argument("--force", action="store_true", help="execute in any case")
+    options = parser.parse_args(arguments)
+    scripts = sorted(HERE.glob("[0-9][0-9]_*.py"))
+    unknown = set(options.numbers) - {script.name[:2] for script in scripts}
+    if unknown:
+        parser.error(f"no script notebooks/NN_*.py with number {', '.join(unknown)}")
+    found = 0
+    for script in scripts:
+        if options.numbers and script.name[:2] not in options.numbers:
+            continue
+        reason = "code" if options.force else stale(script)
+        if not reason:
+            continue
+        found += 1
+        print(f"{script.stem}: {reason} changed", flush=True)
+        if not options.check:
+            build(script, reason=reason)
+            written = nbformat.read(script.with_suffix(".ipynb"), as_version=4)
+            print(f"{script.stem}: written, {dict(written.metadata.cpnb.seconds)}")
+    return 1 if options.check and found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
