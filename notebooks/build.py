@@ -8,6 +8,7 @@ full mode, whose outputs are kept, and in fast mode, whose time is kept.
 """
 
 import argparse
+import base64
 import hashlib
 import os
 import re
@@ -19,6 +20,7 @@ import jupytext
 import nbformat
 
 HERE = Path(__file__).resolve().parent
+README_FIGURE = HERE.parent / "docs" / "readme.png"
 CELL_TIMEOUT = 900  # seconds
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 PROGRESS = re.compile(r"\d+%\|.*\||\d+it \[\d")  # a line that tqdm drew
@@ -150,6 +152,16 @@ def _tidy_output(output):
     return output
 
 
+def readme_figure(notebook):
+    """Return the picture of the cell tagged ``readme-figure``, None without one."""
+    for cell in notebook.cells:
+        if "readme-figure" in cell.metadata.get("tags", []):
+            for output in cell.outputs:
+                if "image/png" in output.get("data", {}):
+                    return base64.b64decode(output.data["image/png"])
+    return None
+
+
 def build(script, *, reason):
     """Write the notebook beside a script, executed if its code changed.
 
@@ -176,6 +188,15 @@ def build(script, *, reason):
         new.metadata["cpnb"] = old.metadata["cpnb"]
     nbformat.validate(new)
     nbformat.write(new, target)
+    if figure := readme_figure(new):
+        README_FIGURE.parent.mkdir(exist_ok=True)
+        README_FIGURE.write_bytes(figure)
+
+
+def minutes(notebook):
+    """Say how long a built notebook took, as the table in the README has it."""
+    seconds = notebook.metadata.cpnb.seconds
+    return f"{seconds.full / 60:.1f} ({seconds.fast / 60:.1f})"
 
 
 def main(arguments=None):
@@ -201,7 +222,7 @@ def main(arguments=None):
         if not options.check:
             build(script, reason=reason)
             written = nbformat.read(script.with_suffix(".ipynb"), as_version=4)
-            print(f"{script.stem}: written, {dict(written.metadata.cpnb.seconds)}")
+            print(f"{script.stem}: written, {minutes(written)} minutes (fast)")
     return 1 if options.check and found else 0
 
 
