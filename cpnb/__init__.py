@@ -1,0 +1,96 @@
+"""cpnb: train, truncate and explore canonical (CP-decomposed) neural networks.
+
+Importing it loads torch and numpy only; what needs more loads it when first used.
+"""
+
+from importlib import import_module
+from typing import Any
+
+from cpnb.als import als
+from cpnb.base import CPLayer
+from cpnb.checkpoints import load_weights, save_model
+from cpnb.conv import CPConv1d, CPConv2d, CPConv3d
+from cpnb.cp import (
+    canonical_gauge,
+    component_gram,
+    cp_norm,
+    cp_to_kernel,
+    khatri_rao,
+    normalize_columns,
+    relative_error,
+)
+from cpnb.data import Dataset, load_data
+from cpnb.decomposition import CPResult, power_method
+from cpnb.evaluation import accuracy, evaluate
+from cpnb.initializers import INITIALIZERS, gaussian, unified, uniform
+from cpnb.linear import CPLinear
+from cpnb.models import DigitsNet, LeNet
+from cpnb.ranks import break_even_rank, resolve_rank
+from cpnb.report import TruncationReport, truncation_report
+from cpnb.surgery import canonicalize, cp_layers, from_layer, to_dense
+from cpnb.sweep import RankSweep, rank_sweep
+from cpnb.training import Run, fast_mode, fit
+from cpnb.truncation import component_order, kept_rank, select_components, truncate
+
+__version__ = "0.1.0"
+
+# Pictures and widgets bring matplotlib and ipywidgets with them.
+_LAZY = {"RankExplorer": "cpnb.widgets"}
+
+__all__ = [
+    "INITIALIZERS",
+    "CPConv1d",
+    "CPConv2d",
+    "CPConv3d",
+    "CPLayer",
+    "CPLinear",
+    "CPResult",
+    "Dataset",
+    "DigitsNet",
+    "LeNet",
+    "RankExplorer",
+    "RankSweep",
+    "Run",
+    "TruncationReport",
+    "accuracy",
+    "als",
+    "break_even_rank",
+    "canonical_gauge",
+    "canonicalize",
+    "component_gram",
+    "component_order",
+    "cp_layers",
+    "cp_norm",
+    "cp_to_kernel",
+    "evaluate",
+    "fast_mode",
+    "fit",
+    "from_layer",
+    "gaussian",
+    "kept_rank",
+    "khatri_rao",
+    "load_data",
+    "load_weights",
+    "normalize_columns",
+    "power_method",
+    "rank_sweep",
+    "relative_error",
+    "resolve_rank",
+    "save_model",
+    "select_components",
+    "to_dense",
+    "truncate",
+    "truncation_report",
+    "unified",
+    "uniform",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

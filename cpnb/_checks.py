@@ -1,0 +1,68 @@
+"""One check per concept: argument, expected, got, next step."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+
+def check_floating(tensor: Tensor, name: str) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(
+            f"{name} is a {type(tensor).__name__}, expected a torch.Tensor. "
+            "Convert it with torch.as_tensor."
+        )
+    if not tensor.is_floating_point():
+        raise TypeError(
+            f"{name} has dtype {tensor.dtype}, expected a floating-point dtype. "
+            f"Convert it with {name}.float()."
+        )
+
+
+def check_kernel(kernel: Tensor, name: str = "kernel") -> None:
+    """Raise unless ``kernel`` is a finite floating-point tensor of order ≥ 1."""
+    check_floating(kernel, name)
+    if not kernel.ndim or not kernel.numel():
+        raise ValueError(
+            f"{name} has shape {tuple(kernel.shape)}, expected at least one mode and "
+            "no empty one."
+        )
+    if not kernel.isfinite().all():
+        bad = int((~kernel.isfinite()).sum())
+        raise ValueError(
+            f"{name} has {bad} NaN or infinite entries out of {kernel.numel()}, "
+            "expected finite values. Check the training run or file it came from."
+        )
+
+
+def check_factors(factors: Sequence[Tensor]) -> None:
+    if not len(factors):
+        raise ValueError("factors is empty, expected one (size, rank) matrix per mode.")
+    for n, factor in enumerate(factors):
+        check_floating(factor, f"factors[{n}]")
+        if factor.ndim != 2:
+            raise ValueError(
+                f"factors[{n}] has shape {tuple(factor.shape)}, expected two "
+                "dimensions (size, rank)."
+            )
+        if factor.shape[1] != factors[0].shape[1]:
+            raise ValueError(
+                f"factors[{n}] has {factor.shape[1]} columns, expected rank "
+                f"{factors[0].shape[1]} (from factors[0])."
+            )
+
+
+def check_cp(lam: Tensor, factors: Sequence[Tensor]) -> None:
+    check_floating(lam, "lam")
+    if lam.ndim != 1 or not lam.numel():
+        raise ValueError(
+            f"lam has shape {tuple(lam.shape)}, expected (rank,) with rank >= 1."
+        )
+    for n, factor in enumerate(factors):
+        if isinstance(factor, Tensor) and factor.ndim == 2:
+            rank, columns = lam.numel(), factor.shape[1]
+            if columns != rank:
+                raise ValueError(
+                    f"factors[{n}] has {columns} columns, expected rank {rank} (from "
+                    f"lam). Rebuild it with shape ({factor.shape[0]}, {rank})."
+                )
+    check_factors(factors)

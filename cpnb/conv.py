@@ -1,0 +1,186 @@
+"""CP convolutions: drop-in replacements for torch's."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cpnb.base import CPLayer
+from cpnb.costs import ForwardCost
+from cpnb.execution import CONV, conv_chain
+from cpnb.initializers import CPForm
+
+
+class _CPConv(CPLayer):
+    """Convolution with a CP kernel, in any number of spatial dimensions."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] | str = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        *,
+        rank: int | float | str = "same",
+        init: str | Callable[..., CPForm] = "unified",
+        forward_mode: str = "auto",
+        signed: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        # Torch checks and expands its own arguments; on meta that costs nothing.
+        stock = self._stock(
+            *(in_channels, out_channels, kernel_size, stride, padding, dilation),
+            *(groups, False, padding_mode),
+            device="meta",
+        )
+        for name in (
+            *("in_channels", "out_channels", "kernel_size", "stride", "padding"),
+            *("dilation", "groups", "padding_mode"),
+        ):
+            setattr(self, name, getattr(stock, name))
+        if min(stock.weight.shape) < 1:
+            raise ValueError(
+                f"in_channels={in_channels}, out_channels={out_channels} and "
+                f"kernel_size={kernel_size} give a kernel of shape "
+                f"{tuple(stock.weight.shape)}, expected every size >= 1."
+            )
+        self._build(
+            stock.weight.shape,
+            rank=rank,
+            init=init,
+            forward_mode=forward_mode,
+            signed=signed,
+            bias=bias,
+            device=device,
+            dtype=dtype,
+            generator=generator,
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Convolve ``(batch, in, *size)``, or one image without the batch axis."""
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            images, padding = F.pad(images, self._margins(), mode=self.padding_mode), 0
+        geometry = {
+            "stride": self.stride,
+            "padding": padding,
+            "dilation": self.dilation,
+            "groups": self.groups,
+        }
+        if self._choose(images.shape) == "dense":
+            kernel = self._kernel(_is_channels_last(images))
+            return CONV[len(self.kernel_size)](images, kernel, self.bias, **geometry)
+        batched = images.ndim == len(self.kernel_shape)
+        batch = images if batched else images[None]
+        lam, factors = self._folded_lam(), self._padded_factors()
+        output = conv_chain(batch, lam, factors, self.bias, **geometry)
+        return output if batched else output[0]
+
+    def _margins(self) -> list[int]:
+        """Padding before and after each axis, last axis first, as `F.pad` wants it."""
+        margins: list[int] = []
+        for n in reversed(range(len(self.kernel_size))):
+            if self.padding == "same":
+                total = self.dilation[n] * (self.kernel_size[n] - 1)
+                margins += [total // 2, total - total // 2]
+            else:
+                margins += [0 if self.padding == "valid" else self.padding[n]] * 2
+        return margins
+
+    def cost(self, shape: Sequence[int] | None) -> ForwardCost:
+        """Estimated cost of both forwards for an input of this shape."""
+        steps = math.prod(self.stride)
+        if shape is None:
+            return replace(self._cost(1, steps), rebuild=0.0)
+        batch = shape[0] if len(shape) == len(self.kernel_shape) else 1
+        positions = batch * math.prod(shape[-len(self.kernel_size) :])
+        return self._cost(max(1, positions // steps), positions)
+
+    @staticmethod
+    def _arguments(layer: nn.Module) -> tuple:
+        return (
+            *(layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride),
+            *(layer.padding, layer.dilation, layer.groups, layer.bias is not None),
+            layer.padding_mode,
+        )
+
+    def extra_repr(self) -> str:
+        """Torch's own text for the geometry, then that of `CPLayer`."""
+        stock = self._stock(*self._arguments(self), device="meta")
+        return f"{stock.extra_repr()}, {super().extra_repr()}"
+
+
+class CPConv1d(_CPConv):
+    """1-D convolution with a CP kernel; arguments and errors as in `CPConv2d`."""
+
+    _stock = nn.Conv1d
+
+
+class CPConv2d(_CPConv):
+    """2-D convolution with a CP kernel: canonical weight normalization.
+
+    ``weight = σ Σ_r λ_r â_r∘b̂_r∘ĉ_r∘d̂_r``, hats for columns of unit 2-norm. Positional
+    arguments are those of `torch.nn.Conv2d`.
+
+    Args:
+        in_channels: Input channels.
+        out_channels: Output channels.
+        kernel_size: One size or one per spatial axis.
+        stride: One step or one per spatial axis.
+        padding: As torch: int, one per axis, ``"same"`` or ``"valid"``.
+        dilation: One or one per spatial axis.
+        groups: Groups; they share all factors but the output one, which is sliced.
+        bias: Whether to add a bias.
+        padding_mode: As torch: zeros, reflect, replicate or circular.
+        rank: Number of components (int), fraction of the break-even rank (float in
+            (0, 1]), or ``"same"`` for the break-even rank.
+        init: A name in `cpnb.INITIALIZERS` or a function like `cpnb.unified`.
+        forward_mode: ``"dense"`` rebuilds the kernel, ``"chain"`` convolves through the
+            components, ``"auto"`` takes the one estimated cheaper (see `explain`).
+        signed: False uses |λ|, as the paper's released code does.
+        device: Of the parameters.
+        dtype: Of the parameters.
+        generator: Source of the random start; torch's default one if None.
+
+    Raises:
+        TypeError: If ``rank`` or ``dtype`` is of the wrong kind.
+        ValueError: If an argument is out of range or a name unknown.
+
+    Source: Veeramacheneni et al. 2022, arXiv:2206.01509.
+
+    >>> layer = CPConv2d(32, 64, 3, padding=1, rank=0.25)
+    >>> layer.rank, layer.break_even_rank, layer.weight.shape
+    (45, 179, torch.Size([64, 32, 3, 3]))
+    >>> layer(torch.zeros(1, 32, 8, 8)).shape
+    torch.Size([1, 64, 8, 8])
+    """
+
+    _stock = nn.Conv2d
+
+
+class CPConv3d(_CPConv):
+    """3-D convolution with a CP kernel; arguments and errors as in `CPConv2d`."""
+
+    _stock = nn.Conv3d
+
+
+def _is_channels_last(images: Tensor) -> bool:
+    """Whether the layout is channels_last beyond doubt, also for a single channel."""
+    layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(images.ndim)
+    return (
+        layout is not None
+        and images.stride(1) == 1
+        and math.prod(images.shape[2:]) > 1
+        and images.is_contiguous(memory_format=layout)
+    )

@@ -1,0 +1,88 @@
+"""Exact-or-refuse conversion of one layer between stock torch and CP form."""
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from cpnb._checks import check_kernel
+from cpnb.initializers import CPForm, resolve_init
+
+if TYPE_CHECKING:
+    from cpnb.base import CPLayer
+
+CONVERTIBLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+_RELATED = (nn.modules.conv._ConvNd, nn.Linear, nn.LazyLinear, nn.Bilinear)
+
+
+def is_weighted(module: nn.Module) -> bool:
+    """Whether this is a convolution or linear layer of some kind."""
+    return isinstance(module, _RELATED)
+
+
+def refusal(layer: nn.Module) -> str | None:
+    """Why this layer cannot be converted exactly, or None if it can."""
+    kinds = ", ".join(kind.__name__ for kind in CONVERTIBLE)
+    if nn.utils.parametrize.is_parametrized(layer):
+        return (
+            "it is parametrized; call torch.nn.utils.parametrize."
+            "remove_parametrizations first"
+        )
+    if type(layer) not in CONVERTIBLE:
+        return f"expected exactly one of {kinds}"
+    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks:
+        return "it has hooks, which would be lost; remove them first"
+    return None
+
+
+def convert_layer(
+    kind: type["CPLayer"],
+    layer: nn.Module,
+    *,
+    rank: int | float | str,
+    init: str | Callable[..., CPForm],
+    generator: torch.Generator | None,
+) -> "CPLayer":
+    """Build the CP layer of class ``kind`` that stands for ``layer``."""
+    reason = refusal(layer)
+    if reason is None and type(layer) is not kind._stock:
+        reason = f"expected a {kind._stock.__name__} for {kind.__name__}"
+    if reason:
+        raise TypeError(f"layer is a {type(layer).__name__}: {reason}.")
+    check_kernel(layer.weight, "layer.weight")
+    start = resolve_init(init)
+    new = kind(
+        *kind._arguments(layer),
+        rank=rank,
+        init=functools.partial(start, weight=layer.weight),
+        device=layer.weight.device,
+        dtype=layer.weight.dtype,
+        generator=generator,
+    )
+    new._init = start
+    for parameter in (new.scale, new.lam, *new.factors):
+        parameter.requires_grad_(layer.weight.requires_grad)
+    _copy_bias(layer.bias, new.bias)
+    return new.train(layer.training)
+
+
+def stock_layer(layer: "CPLayer") -> nn.Module:
+    """Build the stock torch layer with the kernel of a CP layer."""
+    weight = layer.weight.detach()
+    stock = nn.utils.skip_init(
+        layer._stock, *layer._arguments(layer), device=weight.device, dtype=weight.dtype
+    )
+    with torch.no_grad():
+        stock.weight.copy_(weight)
+    stock.weight.requires_grad_(layer.lam.requires_grad)
+    _copy_bias(layer.bias, stock.bias)
+    return stock.train(layer.training)
+
+
+@torch.no_grad()
+def _copy_bias(source: Tensor | None, target: Tensor | None) -> None:
+    if source is not None:
+        target.copy_(source)
+        target.requires_grad_(source.requires_grad)

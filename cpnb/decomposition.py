@@ -1,0 +1,167 @@
+"""CP decomposition of a given kernel by the greedy power method.
+
+Works on the kernel's device, in float64 inside, for any order; so does ALS in `als.py`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cpnb._checks import check_kernel
+from cpnb.cp import (
+    inverse_norms,
+    khatri_rao,
+    rebuild,
+    relative_error,
+)
+from cpnb.ranks import resolve_rank
+
+_EXHAUSTED = 1e-14  # a residual below this fraction of ‖W‖ is rounding, not signal
+
+
+@dataclass(frozen=True, eq=False)
+class CPResult:
+    """A CP decomposition.
+
+    Attributes:
+        lam: Component weights. Shape ``(rank,)``.
+        factors: Unit-column factor matrices, one per mode. Shapes ``(size_n, rank)``.
+        relative_error: ``‖W − Ŵ‖_F / ‖W‖_F`` (0 for a zero kernel).
+    """
+
+    lam: Tensor
+    factors: list[Tensor]
+    relative_error: float
+
+
+def power_method(
+    kernel: Tensor,
+    rank: int | float | str,
+    *,
+    restarts: int = 10,
+    sweeps: int = 10,
+    generator: torch.Generator | None = None,
+) -> CPResult:
+    """Greedy rank-one deflation by the higher-order power method.
+
+    Each component is the best of ``restarts`` rank-one fits (run as one batch) to what
+    the earlier ones left over, so the result is *nested*: its first k components are
+    the result for rank k, of relative error exactly ``√(1 − Σ_{r≤k} λ_r²/‖W‖²)``. For
+    a matrix the method's limit, the singular value decomposition, is taken directly.
+    Once nothing is left, further components get λ = 0 and random unit directions.
+
+    Args:
+        kernel: Any order ≥ 1.
+        rank: Number of components, or any rank `cpnb.resolve_rank` takes.
+        restarts: Random starts per component.
+        sweeps: Power sweeps per start.
+        generator: Source of the random starts; torch's default one if None.
+
+    Returns:
+        `CPResult` in the kernel's dtype; λ ≥ 0.
+
+    Raises:
+        TypeError: If ``kernel`` is not a floating-point tensor or ``rank`` no rank.
+        ValueError: If ``kernel`` has NaN or infinite entries, or ``rank``,
+            ``restarts`` or ``sweeps`` is below 1.
+
+    Source: Veeramacheneni et al. 2022, arXiv:2206.01509 (power-method initialisation;
+    10 restarts of 10 sweeps).
+    """
+    check_kernel(kernel)
+    rank = resolve_rank(rank, kernel.shape)
+    for name, value in (("restarts", restarts), ("sweeps", sweeps)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}, expected at least 1.")
+    work = kernel.detach().double()
+    components = _svd_terms(work) if kernel.ndim == 2 else None
+    if components is None:
+        components = _greedy_terms(work, rank, restarts, sweeps, generator)
+    lam, factors = components[0][:rank], [f[:, :rank] for f in components[1]]
+    missing = rank - lam.numel()
+    if missing:
+        lam = torch.cat([lam, lam.new_zeros(missing)])
+        extra = [random_units(n, missing, generator, work) for n in kernel.shape]
+        factors = [torch.cat(pair, 1) for pair in zip(factors, extra, strict=True)]
+    return decomposed(kernel, lam, factors)
+
+
+def random_units(
+    size: int, count: int, generator: torch.Generator | None, like: Tensor
+) -> Tensor:
+    """Directions uniform on the sphere, as columns. Shape ``(size, count)``."""
+    device = generator.device if generator is not None else like.device
+    draw = torch.randn(
+        size, count, generator=generator, device=device, dtype=torch.float64
+    )
+    return (draw * inverse_norms(draw)).to(like)
+
+
+def decomposed(kernel: Tensor, lam: Tensor, factors: Sequence[Tensor]) -> CPResult:
+    """Wrap float64 terms as a `CPResult` in the kernel's dtype, with their error."""
+    error = relative_error(kernel.detach().double(), rebuild(lam, factors)).item()
+    dtype = kernel.dtype
+    return CPResult(lam.to(dtype), [f.to(dtype).contiguous() for f in factors], error)
+
+
+def _svd_terms(matrix: Tensor) -> tuple[Tensor, list[Tensor]]:
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    return values, [left, right.T]
+
+
+def _greedy_terms(
+    kernel: Tensor,
+    rank: int,
+    restarts: int,
+    sweeps: int,
+    generator: torch.Generator | None,
+) -> tuple[Tensor, list[Tensor]]:
+    residual = kernel.reshape(kernel.shape[0], -1).clone()
+    limit = _EXHAUSTED * residual.norm()
+    terms: list[tuple[Tensor, list[Tensor]]] = []
+    for _ in range(rank):
+        if residual.norm() <= limit:
+            break
+        starts = [random_units(n, restarts, generator, kernel) for n in kernel.shape]
+        lam, vectors = _rank_one(residual, starts, sweeps)
+        outer = khatri_rao([v[:, None] for v in vectors[1:]] or [kernel.new_ones(1, 1)])
+        residual.addr_(vectors[0], outer[:, 0], alpha=-lam.item())
+        terms.append((lam, vectors))
+    lams = [lam for lam, _ in terms]
+    lam = torch.stack(lams) if terms else kernel.new_zeros(0)
+    columns = [[vectors[n] for _, vectors in terms] for n in range(kernel.ndim)]
+    return lam, [
+        torch.stack(c, 1) if terms else kernel.new_zeros(n, 0)
+        for c, n in zip(columns, kernel.shape, strict=True)
+    ]
+
+
+def _rank_one(
+    unfolded: Tensor, vectors: list[Tensor], sweeps: int
+) -> tuple[Tensor, list[Tensor]]:
+    """Best rank-one fit over a batch of starts, held as columns of ``vectors``.
+
+    ``unfolded`` is the mode-0 unfolding. The contraction with mode 0, the large one, is
+    shared by the updates of all other modes: two matrix products per sweep.
+    """
+    first, *others = vectors
+    if not others:  # order 1: the vector itself
+        lam = unfolded.norm()
+        return lam, [unfolded[:, 0] / lam]
+    for _ in range(sweeps):
+        contracted = unfolded.T @ first
+        for n, vector in enumerate(others):
+            left = contracted.view(vector.shape[0], -1, vector.shape[1])
+            if n + 1 < len(others):
+                update = (left * khatri_rao(others[n + 1 :])).sum(1)
+            else:
+                update = left[:, 0]
+            others[n] = update * inverse_norms(update)
+            contracted = (left * others[n][:, None]).sum(0)
+        update = unfolded @ khatri_rao(others)
+        first = update * inverse_norms(update)
+    lam = (update * first).sum(0)
+    best = lam.argmax()
+    return lam[best], [v[:, best] for v in (first, *others)]
