@@ -1,0 +1,64 @@
+"""Short hashes that tell one network, or one set of images, from another."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cpnb.evaluation import images_and_labels
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """Hash a network's structure and weights.
+
+    Two networks share a fingerprint when their modules have the same names and types
+    and their parameters and buffers the same names, shapes, dtypes and values. The
+    rank of a CP layer is in the shapes. Device, gradients and training mode do not
+    count.
+
+    Args:
+        model: Any network.
+
+    Returns:
+        A SHA-256 digest, 64 hexadecimal digits.
+
+    Example:
+        >>> layer = nn.Linear(3, 2)
+        >>> before = model_fingerprint(layer)
+        >>> _ = nn.init.zeros_(layer.bias)
+        >>> before == model_fingerprint(layer)
+        False
+    """
+    digest = hashlib.sha256()
+    for name, module in model.named_modules():
+        digest.update(f"{name}:{type(module).__name__};".encode())
+    states = model.state_dict().items()
+    _update(digest, ((name, value) for name, value in states if torch.is_tensor(value)))
+    return digest.hexdigest()
+
+
+def data_fingerprint(data: Any) -> str:
+    """Hash the images and labels that an evaluation of ``data`` would use.
+
+    Args:
+        data: A data set, of which the validation split is read, or a pair
+            ``(images, labels)``.
+
+    Returns:
+        A SHA-256 digest, 64 hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+    _update(digest, zip(("images", "labels"), images_and_labels(data), strict=True))
+    return digest.hexdigest()
+
+
+def _update(digest: Any, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    for name, tensor in tensors:
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
+        # The bytes are viewed as integers because numpy has no bfloat16.
+        flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(flat.numpy().data)

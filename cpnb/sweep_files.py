@@ -1,0 +1,115 @@
+"""Rank sweeps as small JSON files."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cpnb.sweep_points import SweptLayer
+
+if TYPE_CHECKING:
+    from cpnb.sweep_table import RankSweep
+
+FORMAT, VERSION = "cpnb rank sweep", 1
+AGAIN = "Make it again with rank_sweep(model, data).save(path)."
+
+
+def sweep_content(sweep: RankSweep) -> dict[str, Any]:
+    """A table as lists, dicts, strings and numbers.
+
+    Args:
+        sweep: The table.
+
+    Returns:
+        Its public fields; ``"accuracy"`` as rows of ranks and value, ``"errors"`` as
+        pairs of rank and error for each layer.
+    """
+    fields = {name: entry for name, entry in vars(sweep).items() if name[0] != "_"}
+    fields["layers"] = [asdict(layer) for layer in sweep.layers]
+    fields["accuracy"] = [[*ranks, value] for ranks, value in sweep.points()]
+    fields["errors"] = [sweep.errors(layer.name) for layer in sweep.layers]
+    return fields
+
+
+def write_sweep(path: str | os.PathLike[str], content: dict[str, Any]) -> None:
+    """Write the content of a sweep; a crash leaves the old file or the new one.
+
+    Args:
+        path: Target; its folder must exist.
+        content: JSON-serialisable, without NaN.
+    """
+    path = Path(path)
+    document = {"format": FORMAT, "version": VERSION, **content}
+    # One line per entry: small, and a change stays readable in a diff.
+    lines = ",\n".join(
+        f"{json.dumps(name)}:"
+        + json.dumps(entry, allow_nan=False, separators=(",", ":"))
+        for name, entry in document.items()
+    )
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(f"{{\n{lines}\n}}\n")
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def read_sweep(path: str | os.PathLike[str], cls: type[RankSweep]) -> RankSweep:
+    """Read what :func:`write_sweep` wrote.
+
+    Args:
+        path: File written by ``RankSweep.save``.
+        cls: The class of the table.
+
+    Returns:
+        The table.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is not a rank sweep, is damaged, or has another version.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is not readable as JSON ({error}), expected a file written by "
+            f"RankSweep.save. {AGAIN}"
+        ) from error
+    found = content.pop("format", None) if isinstance(content, dict) else None
+    if found != FORMAT:
+        raise ValueError(
+            f"{path} has the format {found!r}, expected {FORMAT!r}, as written by "
+            f"RankSweep.save. {AGAIN}"
+        )
+    version = content.pop("version", None)
+    if version != VERSION:
+        raise ValueError(
+            f"{path} has version {version!r} of the format, expected {VERSION}. {AGAIN}"
+        )
+    try:
+        return _from_content(cls, content)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is a damaged rank sweep: {error}. {AGAIN}") from error
+
+
+def _from_content(cls: type[RankSweep], content: dict[str, Any]) -> RankSweep:
+    accuracy, errors = content.pop("accuracy"), content.pop("errors")
+    layers = tuple(
+        SweptLayer(**{**layer, "kernel_shape": tuple(layer["kernel_shape"])})
+        for layer in content.pop("layers")
+    )
+    axes, keeps = tuple(content.pop("axes")), tuple(content.pop("keeps"))
+    sweep = cls(layers=layers, axes=axes, keeps=keeps, **content)
+    for layer, known in zip(layers, errors, strict=True):
+        for rank, error in known:
+            sweep.add_error(layer.name, rank, error)
+    for *ranks, value in accuracy:
+        sweep.add(dict(zip(sweep.ranks, ranks, strict=True)), value, {})
+    return sweep
