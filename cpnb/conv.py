@@ -38,6 +38,12 @@ class _CPConv(CPLayer):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
+        sizes = kernel_size if isinstance(kernel_size, Sequence) else (kernel_size,)
+        if min(in_channels, out_channels, *sizes) < 1:
+            raise ValueError(
+                f"in_channels={in_channels}, out_channels={out_channels}, "
+                f"kernel_size={kernel_size}, expected every size >= 1."
+            )
         # Torch checks and expands its own arguments; on meta that costs nothing.
         stock = self._stock(
             *(in_channels, out_channels, kernel_size, stride, padding, dilation),
@@ -49,12 +55,6 @@ class _CPConv(CPLayer):
             *("dilation", "groups", "padding_mode"),
         ):
             setattr(self, name, getattr(stock, name))
-        if min(stock.weight.shape) < 1:
-            raise ValueError(
-                f"in_channels={in_channels}, out_channels={out_channels} and "
-                f"kernel_size={kernel_size} give a kernel of shape "
-                f"{tuple(stock.weight.shape)}, expected every size >= 1."
-            )
         self._build(
             stock.weight.shape,
             rank=rank,
