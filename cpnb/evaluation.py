@@ -107,7 +107,7 @@ def evaluate(
     images, labels = images_and_labels(data)
     check_batch_size(batch_size)
     device, dtype = placement(model, images)
-    loss, correct = 0.0, 0
+    largest, loss, correct = int(labels.max()), 0.0, 0
     # no_grad, not inference_mode: a tensor that a layer caches here must stay usable
     # in a later training step.
     with evaluation_mode(model), torch.no_grad():
@@ -116,24 +116,31 @@ def evaluate(
         ):
             scores = model(batch.to(device, dtype))
             target = target.to(device, torch.long)
-            check_scores(scores, target)
+            check_scores(scores, len(target), largest)
             loss += F.cross_entropy(scores.double(), target, reduction="sum").item()
             correct += int((scores.argmax(1) == target).sum())
     return {"loss": loss / len(labels), "accuracy": correct / len(labels)}
 
 
 @contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[nn.Module]:
-    """Switch to evaluation mode; on exit give every submodule its own flag back.
+def preserved_flags(model: nn.Module) -> Iterator[nn.Module]:
+    """On exit give every submodule the ``training`` flag that it had on entry.
 
-    Unlike ``model.train()`` this keeps submodules that were frozen on purpose frozen.
+    Unlike a closing ``model.train()`` this keeps frozen submodules frozen.
     """
     flags = {module: module.training for module in model.modules()}
     try:
-        yield model.eval()
+        yield model
     finally:
         for module, flag in flags.items():
             module.training = flag
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[nn.Module]:
+    """Run the block in evaluation mode, see :func:`preserved_flags`."""
+    with preserved_flags(model):
+        yield model.eval()
 
 
 def placement(model: nn.Module, images: Tensor) -> tuple[torch.device, torch.dtype]:
@@ -141,6 +148,22 @@ def placement(model: nn.Module, images: Tensor) -> tuple[torch.device, torch.dty
     tensors = chain(model.parameters(), model.buffers())
     first = next((tensor for tensor in tensors if tensor.is_floating_point()), images)
     return first.device, first.dtype
+
+
+def place(
+    pair: tuple[Tensor, Tensor], model: nn.Module, *, channels_last: bool
+) -> tuple[Tensor, Tensor]:
+    """Copy a pair to the model's device and dtype, images with colours innermost."""
+    images, labels = pair
+    device, dtype = placement(model, images)
+    images, labels = images.to(device, dtype), labels.to(device, torch.long)
+    if channels_last and images.ndim == 4:
+        # Cloned, because torch leaves one-channel images as they are when asked for
+        # memory_format=channels_last, and a convolution then computes channels first.
+        innermost = images.permute(0, 2, 3, 1)
+        innermost = innermost.clone(memory_format=torch.contiguous_format)
+        images = innermost.permute(0, 3, 1, 2)
+    return images, labels
 
 
 def check_batch_size(batch_size: int) -> None:
@@ -151,20 +174,20 @@ def check_batch_size(batch_size: int) -> None:
         raise ValueError(f"batch_size is {batch_size}, expected at least 1.")
 
 
-def check_scores(scores: Tensor, labels: Tensor) -> None:
-    """Refuse scores that are not one row per label with a column per class."""
+def check_scores(scores: Tensor, rows: int, largest: int) -> None:
+    """Refuse scores without one row per image and a column up to class ``largest``."""
     if not isinstance(scores, Tensor):
         raise TypeError(
             f"model returned a {type(scores).__name__}, expected a tensor of scores "
             "with shape (n, classes)."
         )
-    if scores.ndim != 2 or len(scores) != len(labels):
+    if scores.ndim != 2 or len(scores) != rows:
         raise ValueError(
             f"model returned scores of shape {tuple(scores.shape)}, expected "
-            f"({len(labels)}, classes): one row per image."
+            f"({rows}, classes): one row per image."
         )
     # On CUDA an unknown class would abort the process, so it is looked for first.
-    if (largest := int(labels.max())) >= scores.shape[1]:
+    if largest >= scores.shape[1]:
         raise ValueError(
             f"labels contain class {largest}, but the model scores {scores.shape[1]} "
             f"classes (0 to {scores.shape[1] - 1}). Build it with at least "

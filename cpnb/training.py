@@ -1,0 +1,266 @@
+"""Train a classifier on tensors: one loop, seeded, with a record of the run."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+from cpnb.evaluation import (
+    check_batch_size,
+    check_scores,
+    evaluate,
+    evaluation_mode,
+    images_and_labels,
+    place,
+    preserved_flags,
+)
+from cpnb.optimizers import build_optimizer
+from cpnb.records import Run, provenance
+
+SCHEDULES = (None, "cosine")
+
+Pair = tuple[Tensor, Tensor]
+Callback = Callable[[int, nn.Module, dict[str, float | None]], Any]
+
+
+def fit(
+    model: nn.Module,
+    data: Any,
+    *,
+    validation: Pair | None = None,
+    epochs: int = 30,
+    batch_size: int = 32,
+    optimizer: str | Callable[[list[nn.Parameter]], Optimizer] = "adam",
+    lr: float = 0.003,
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+    schedule: str | None = "cosine",
+    seed: int = 0,
+    channels_last: bool = True,
+    callback: Callback | None = None,
+    progress: bool = True,
+) -> Run:
+    """Train a classifier in place with cross entropy.
+
+    The default recipe suits dense and CP networks alike. Under ``"sgd"`` a CP network
+    needs a smaller learning rate than a dense one: the gradient of σ and of each λ
+    gathers the whole kernel.
+
+    The same arguments, threads and device give the same weights: the seed decides the
+    order of the images and the dropout. Global random states are put back afterwards,
+    and so is every submodule's ``training`` flag.
+
+    Ctrl-C stops the training and returns the run; a loss that is not finite ends it
+    too. In both cases the model keeps the weights of the last step, and the history
+    holds the completed epochs.
+
+    Args:
+        model: Maps images ``(n, ...)`` to scores ``(n, classes)``. Trained on the
+            device and in the dtype it has; parameters without ``requires_grad`` stay.
+        data: A data set, or a pair ``(images, labels)`` to train on. The test split
+            is never read.
+        validation: Pair to evaluate after each epoch, instead of the data set's
+            validation split.
+        epochs: Passes over the training images.
+        batch_size: Images per step; the last batch of an epoch may be smaller.
+        optimizer: ``"adam"``, ``"sgd"``, ``"rmsprop"``, or a function that turns a
+            list of parameters into an optimizer and thereby replaces ``lr``,
+            ``momentum`` and ``weight_decay``.
+        lr: Learning rate.
+        momentum: Momentum of ``"sgd"``; the other optimizers have none.
+        weight_decay: Weight decay.
+        schedule: ``"cosine"`` to anneal the learning rate to 0 over all steps, None
+            to keep it constant.
+        seed: Seed of the image order and of dropout.
+        channels_last: Store the colours of an image innermost, which convolution and
+            pooling run faster on. Switch it off for a network that calls ``view``.
+        callback: Called as ``callback(epoch, model, record)`` after each epoch; its
+            result is ignored.
+        progress: Show a text progress bar with images per second.
+
+    Returns:
+        The record of the run.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument has an impossible value. The model is unchanged.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model is a {type(model).__name__}, expected a torch.nn.Module."
+        )
+    _check_counts(epochs, batch_size, seed)
+    if schedule not in SCHEDULES:
+        raise ValueError(f'schedule is {schedule!r}, expected None or "cosine".')
+    if callback is not None and not callable(callback):
+        raise TypeError(
+            f"callback is a {type(callback).__name__}, expected a function of epoch, "
+            "model and record."
+        )
+    trained = [p for p in model.parameters() if p.requires_grad]
+    descent, settings = build_optimizer(optimizer, trained, lr, momentum, weight_decay)
+
+    pairs = _pairs(model, data, validation, channels_last)
+    labels = pairs[0][1]
+    steps = epochs * math.ceil(len(labels) / batch_size)
+    cosine = CosineAnnealingLR(descent, steps) if schedule == "cosine" else None
+    run = Run(
+        status="finished",
+        history=[],
+        recipe={
+            "model": type(model).__name__,
+            "trained_parameters": sum(parameter.numel() for parameter in trained),
+            "data": getattr(data, "name", "pair of tensors"),
+            "data_seed": getattr(data, "seed", None),
+            "images": [len(labels) for _, labels in pairs],
+            "epochs": epochs,
+            "batch_size": batch_size,
+            **settings,
+            "schedule": schedule,
+            "seed": seed,
+            "channels_last": bool(channels_last),
+        },
+        provenance=provenance(labels.device),
+    )
+    shuffle = torch.Generator().manual_seed(seed)
+    with (
+        _progress_bar(epochs * len(labels), progress) as bar,
+        _seeded(seed, labels.device),
+        preserved_flags(model),
+    ):
+        try:
+            for epoch in range(1, epochs + 1):
+                bar.set_description(f"epoch {epoch}/{epochs}", refresh=False)
+                start = time.perf_counter()
+                order = torch.randperm(len(labels), generator=shuffle)
+                batches = order.to(labels.device).split(batch_size)
+                loss, share = _train_epoch(
+                    model, pairs[0], batches, descent, cosine, bar
+                )
+                seconds = time.perf_counter() - start
+                held_out = evaluate(model, pairs[1]) if len(pairs) > 1 else {}
+                record = {
+                    "epoch": epoch,
+                    "train_loss": loss,
+                    "train_accuracy": share,
+                    "validation_loss": held_out.get("loss"),
+                    "validation_accuracy": held_out.get("accuracy"),
+                    "seconds": seconds,
+                }
+                if not math.isfinite(loss + held_out.get("loss", 0.0)):
+                    run.status = "diverged"
+                    break
+                run.history.append(record)
+                bar.set_postfix_str(_summary(record), refresh=False)
+                if callback is not None:
+                    callback(epoch, model, record)
+        except KeyboardInterrupt:
+            run.status = "interrupted"
+        if run.status != "finished":
+            bar.set_description(f"{run.status} in epoch {len(run.history) + 1}")
+    return run
+
+
+def fast_mode() -> bool:
+    """Whether the environment asks for short runs with ``CPNB_FAST=1``.
+
+    Raises:
+        ValueError: If ``CPNB_FAST`` is neither a yes nor a no.
+    """
+    value = os.environ.get("CPNB_FAST", "").strip().lower()
+    if value in ("1", "true", "yes", "on"):
+        return True
+    if value in ("", "0", "false", "no", "off"):
+        return False
+    raise ValueError(f"CPNB_FAST is {value!r}, expected 1 or 0.")
+
+
+def _train_epoch(
+    model: nn.Module,
+    pair: Pair,
+    batches: Sequence[Tensor],
+    descent: Optimizer,
+    cosine: CosineAnnealingLR | None,
+    bar: Any,
+) -> tuple[float, float]:
+    """One step per batch of indices; mean loss and accuracy as they were on the way."""
+    images, labels = pair
+    loss_sum, correct = torch.zeros((2, 1), device=labels.device).unbind()
+    model.train()
+    for index in batches:
+        target = labels[index]
+        scores = model(images[index])
+        loss = F.cross_entropy(scores, target)
+        descent.zero_grad()
+        loss.backward()
+        descent.step()
+        if cosine is not None:
+            cosine.step()
+        # Added up on the device: to read a number back would be to wait for it.
+        loss_sum += loss.detach() * len(index)
+        correct += (scores.detach().argmax(1) == target).sum()
+        bar.update(len(index))
+    return loss_sum.item() / len(labels), correct.item() / len(labels)
+
+
+def _summary(record: dict[str, float | None]) -> str:
+    text = f"loss {record['train_loss']:.3f}, accuracy {record['train_accuracy']:.1%}"
+    if record["validation_accuracy"] is not None:
+        text += f", validation {record['validation_accuracy']:.1%}"
+    return text
+
+
+def _progress_bar(total: int, progress: bool) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(total=total, disable=not progress, unit=" images", mininterval=0.5)
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed the generators that dropout reads; put their states back on exit."""
+    # Not torch.manual_seed, which also seeds devices whose state is not put back.
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.default_generator.manual_seed(seed)
+        if devices:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
+
+
+def _pairs(
+    model: nn.Module, data: Any, validation: Pair | None, channels_last: bool
+) -> list[Pair]:
+    """The pair to train on and, where there is one, the pair to validate on."""
+    pairs = [images_and_labels(data, "train")]
+    if validation is None and hasattr(data, "validation"):
+        validation = data.validation
+    if validation is not None:
+        pairs.append(images_and_labels(validation))
+    pairs = [place(pair, model, channels_last=channels_last) for pair in pairs]
+    # One image is scored now, so that a misfit shows before anything changes.
+    largest = max(int(labels.max()) for _, labels in pairs)
+    with evaluation_mode(model), torch.no_grad():
+        for images, _ in pairs:
+            check_scores(model(images[:1]), 1, largest)
+    return pairs
+
+
+def _check_counts(epochs: int, batch_size: int, seed: int) -> None:
+    for name, value in (("epochs", epochs), ("seed", seed)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} is {value!r}, expected an int.")
+    if epochs < 1:
+        raise ValueError(f"epochs is {epochs}, expected at least 1.")
+    check_batch_size(batch_size)

@@ -1,0 +1,368 @@
+"""Training: the loop against plain torch, seeds, interruption, what it leaves alone."""
+
+import math
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from cpnb.data import load_data
+from cpnb.evaluation import accuracy, evaluate
+from cpnb.models import DigitsNet
+from cpnb.surgery import canonicalize
+from cpnb.training import fast_mode, fit
+
+QUIET = {"progress": False}
+SGD = {"optimizer": "sgd", "lr": 0.1}
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def pair(n=30, features=6, classes=3, seed=0):
+    """Random points with the classes of a fixed linear rule."""
+    images = torch.randn(n, features, generator=seeded(seed))
+    rule = torch.randn(features, classes, generator=seeded(100))
+    return images, (images @ rule).argmax(1)
+
+
+def small_net(dropout=0.0, seed=1):
+    model = nn.Sequential(nn.Linear(6, 8), nn.Dropout(dropout), nn.Linear(8, 3))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.5, generator=seeded(seed))
+    return model
+
+
+def weights(model):
+    return [parameter.detach().clone() for parameter in model.parameters()]
+
+
+def same(first, second):
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_data("digits")
+
+
+def test_fit_equals_a_plain_torch_loop():
+    images, labels = pair()
+    model, reference = small_net(), small_net()
+    run = fit(
+        model,
+        (images, labels),
+        epochs=3,
+        batch_size=8,
+        optimizer="sgd",
+        lr=0.1,
+        momentum=0.5,
+        weight_decay=0.01,
+        schedule="cosine",
+        seed=4,
+        **QUIET,
+    )
+    velocity = [torch.zeros_like(parameter) for parameter in reference.parameters()]
+    generator, step = seeded(4), 0
+    for epoch in range(3):
+        losses, correct = 0.0, 0
+        for index in torch.randperm(30, generator=generator).split(8):
+            lr = 0.1 * (1 + math.cos(math.pi * step / 12)) / 2
+            scores = reference(images[index])
+            loss = F.cross_entropy(scores, labels[index])
+            grads = torch.autograd.grad(loss, list(reference.parameters()))
+            with torch.no_grad():
+                for parameter, speed, grad in zip(
+                    reference.parameters(), velocity, grads, strict=True
+                ):
+                    speed.mul_(0.5).add_(grad + 0.01 * parameter)
+                    parameter.sub_(lr * speed)
+            losses += loss.item() * len(index)
+            correct += (scores.argmax(1) == labels[index]).sum().item()
+            step += 1
+        record = run.history[epoch]
+        assert record["train_loss"] == pytest.approx(losses / 30, rel=1e-5)
+        assert record["train_accuracy"] == pytest.approx(correct / 30)
+    torch.testing.assert_close(weights(model), weights(reference))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("adam", torch.optim.Adam), ("rmsprop", torch.optim.RMSprop)]
+)
+def test_fit_optimizer_name_equals_torch_optimizer(name, kind):
+    named, made = small_net(), small_net()
+    fit(named, pair(), epochs=2, optimizer=name, lr=0.02, weight_decay=0.1, **QUIET)
+    run = fit(
+        made,
+        pair(),
+        epochs=2,
+        optimizer=lambda parameters: kind(parameters, lr=0.02, weight_decay=0.1),
+        **QUIET,
+    )
+    assert same(weights(named), weights(made))
+    assert run.recipe["optimizer"] == kind.__name__
+    assert run.recipe["lr"] == 0.02
+
+
+def test_fit_default_recipe_trains_a_cp_network_on_real_digits(digits):
+    model = canonicalize(DigitsNet(generator=seeded(0)), generator=seeded(0))
+    before = accuracy(model, digits)
+    run = fit(model, digits, epochs=8, **QUIET)
+    assert before < 0.3
+    assert accuracy(model, digits) > 0.93
+    assert run.history[-1]["validation_accuracy"] == accuracy(model, digits)
+    assert run.history[-1]["validation_loss"] == pytest.approx(
+        evaluate(model, digits)["loss"], rel=1e-5
+    )
+
+
+def test_fit_never_reads_the_test_split():
+    splits = {"train": pair(), "validation": pair(9, seed=2), "test": None}
+    data = SimpleNamespace(name="points", **splits)
+    with pytest.raises(TypeError, match="data is a NoneType"):
+        accuracy(small_net(), data.test)
+    run = fit(small_net(), data, epochs=1, **QUIET)
+    assert run.recipe["images"] == [30, 9]
+    assert run.recipe["data"] == "points"
+
+
+def test_fit_records_no_validation_for_a_plain_pair_and_takes_one_given():
+    run = fit(small_net(), pair(), epochs=1, **QUIET)
+    assert run.history[0]["validation_loss"] is None
+    model, held_out = small_net(), pair(9, seed=2)
+    run = fit(model, pair(), validation=held_out, epochs=2, **QUIET)
+    assert run.history[1]["validation_accuracy"] == accuracy(model, held_out)
+
+
+def test_fit_repeats_with_the_seed_and_differs_with_another():
+    models = [small_net(dropout=0.5) for _ in range(3)]
+    for model, seed in zip(models, (7, 7, 8), strict=True):
+        torch.rand(seed)  # the global state must not matter
+        fit(model, pair(), epochs=2, seed=seed, **QUIET)
+    first, again, other = map(weights, models)
+    assert same(first, again)
+    assert not same(first, other)
+
+
+def test_fit_dropout_is_active_and_depends_on_the_seed():
+    # One batch an epoch: the order of the images plays no part, only dropout does.
+    scores = []
+    for dropout, seed in ((0.5, 1), (0.5, 2), (0.0, 1), (0.0, 2)):
+        model = small_net(dropout)
+        fit(model, pair(), epochs=1, batch_size=30, seed=seed, **SGD, **QUIET)
+        scores.append(model[2].bias.detach())
+    assert not torch.allclose(scores[0], scores[1])
+    torch.testing.assert_close(scores[2], scores[3])
+
+
+@pytest.mark.parametrize("ending", ["finished", "interrupted", "diverged", "failed"])
+def test_fit_puts_back_random_state_and_training_flags(ending):
+    model = small_net(dropout=0.5).train()
+    model[1].eval()
+
+    def stop(epoch, model, record):
+        if ending == "interrupted":
+            raise KeyboardInterrupt
+        if ending == "failed":
+            raise RuntimeError("callback")
+
+    lr = math.sqrt(torch.finfo(torch.float32).max) if ending == "diverged" else 0.1
+    arguments = {"epochs": 2, "optimizer": "sgd", "lr": lr, "callback": stop, **QUIET}
+    state = torch.get_rng_state()
+    if ending == "failed":
+        with pytest.raises(RuntimeError, match="callback"):
+            fit(model, pair(), **arguments)
+    else:
+        assert fit(model, pair(), **arguments).status == ending
+    assert torch.equal(state, torch.get_rng_state())
+    assert [module.training for module in model] == [True, False, True]
+    assert model.training
+
+
+def test_fit_returns_the_completed_epochs_when_interrupted_in_a_step():
+    model, calls = small_net(), []
+
+    class Interrupting(torch.optim.SGD):
+        def step(self):
+            calls.append(len(calls))
+            if len(calls) == 6:  # second of the four steps of epoch 2
+                raise KeyboardInterrupt
+            super().step()
+
+    run = fit(
+        model,
+        pair(),
+        epochs=5,
+        batch_size=8,
+        optimizer=lambda parameters: Interrupting(parameters, lr=0.1),
+        schedule=None,
+        **QUIET,
+    )
+    assert run.status == "interrupted"
+    assert [record["epoch"] for record in run.history] == [1]
+    assert not same(weights(model), weights(small_net()))
+
+
+def test_fit_records_divergence_and_keeps_finite_history():
+    run = fit(small_net(), pair(), epochs=9, optimizer="sgd", lr=1e30, **QUIET)
+    assert run.status == "diverged"
+    assert len(run.history) < 9
+    assert "diverged" in run.to_json()
+
+
+def test_fit_leaves_frozen_parameters_alone():
+    model = small_net()
+    model[0].weight.requires_grad_(False)
+    before = weights(model)
+    run = fit(model, pair(), epochs=1, **QUIET)
+    assert torch.equal(before[0], model[0].weight)
+    assert not torch.equal(before[1], model[0].bias)
+    assert run.recipe["trained_parameters"] == 8 + 3 * 8 + 3
+
+
+def test_fit_calls_back_after_each_epoch_with_its_record():
+    model, seen = small_net(), []
+
+    def collect(epoch, trained, record):
+        seen.append((epoch, record, weights(trained)))
+
+    run = fit(model, pair(), epochs=3, callback=collect, **QUIET)
+    assert [epoch for epoch, _, _ in seen] == [1, 2, 3]
+    assert [record for _, record, _ in seen] == run.history
+    assert not same(seen[0][2], seen[1][2])
+    assert same(seen[2][2], weights(model))
+
+
+class LayoutProbe(nn.Module):
+    """Remembers the strides and dtype of the images it gets."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, 3, 4, dtype=torch.float64)
+        self.seen = set()
+
+    def forward(self, images):
+        self.seen.add((images.stride()[1:], images.dtype, self.training))
+        return self.conv(images).flatten(1)
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize("last", [True, False])
+def test_fit_stores_images_in_the_layout_asked_for_and_in_the_models_dtype(
+    channels, last
+):
+    images = torch.randn(5, channels, 4, 4, generator=seeded(0))
+    data = images, torch.tensor([0, 1, 2, 0, 1])
+    model = LayoutProbe(channels)
+    fit(model, data, validation=data, epochs=1, batch_size=2, channels_last=last)
+    strides = (1, 4 * channels, channels) if last else (16, 4, 1)
+    assert {(stride, dtype) for stride, dtype, _ in model.seen} == {
+        (strides, torch.float64)
+    }
+    assert {training for _, _, training in model.seen} == {True, False}
+    assert images.is_contiguous()
+
+
+def test_fit_agrees_in_both_layouts():
+    data = torch.randn(8, 1, 8, 8, generator=seeded(0)).double(), torch.arange(8)
+    models = [DigitsNet(generator=seeded(1)).double() for _ in range(2)]
+    for model, last in zip(models, (True, False), strict=True):
+        fit(model, data, epochs=1, lr=1e-3, channels_last=last, **QUIET)
+    torch.testing.assert_close(weights(models[0]), weights(models[1]))
+
+
+def test_fit_progress_bar_ends_with_the_last_numbers(capsys):
+    run = fit(small_net(), pair(), validation=pair(9), epochs=2, progress=True)
+    text = capsys.readouterr().err.split("\r")[-1]
+    last = run.history[-1]
+    assert "epoch 2/2" in text
+    assert "60/60" in text
+    assert f"loss {last['train_loss']:.3f}" in text
+    assert f"validation {last['validation_accuracy']:.1%}" in text
+    fit(small_net(), pair(), epochs=1, progress=False)
+    assert capsys.readouterr().err == ""
+
+
+def test_fit_recipe_names_what_was_used():
+    run = fit(small_net(), pair(), epochs=1, optimizer="adam", momentum=0.4, **QUIET)
+    expected = {
+        "model": "Sequential",
+        "trained_parameters": 6 * 8 + 8 + 8 * 3 + 3,
+        "data": "pair of tensors",
+        "data_seed": None,
+        "images": [30],
+        "epochs": 1,
+        "batch_size": 32,
+        "optimizer": "adam",
+        "lr": 0.003,
+        "momentum": None,
+        "weight_decay": 0.0,
+        "schedule": "cosine",
+        "seed": 0,
+        "channels_last": True,
+    }
+    assert run.recipe == expected
+    assert run.provenance["device"] == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "text"),
+    [
+        ({"epochs": 0}, ValueError, "epochs is 0, expected at least 1"),
+        ({"epochs": 2.0}, TypeError, "epochs is 2.0, expected an int"),
+        ({"seed": None}, TypeError, "seed is None, expected an int"),
+        ({"batch_size": 0}, ValueError, "batch_size is 0, expected at least 1"),
+        ({"lr": 0.0}, ValueError, "lr is 0.0, expected a number above 0"),
+        ({"lr": math.nan}, ValueError, "lr is nan, expected a number above 0"),
+        ({"lr": math.inf}, ValueError, "lr is inf, expected a number above 0"),
+        ({"lr": "fast"}, TypeError, "lr is 'fast', expected a number"),
+        ({"momentum": 1.0}, ValueError, "momentum is 1.0, expected a number from 0 to"),
+        ({"weight_decay": -1}, ValueError, "weight_decay is -1, expected a number at"),
+        ({"optimizer": "lion"}, ValueError, "optimizer is 'lion', expected one of 'ad"),
+        ({"optimizer": list}, TypeError, "optimizer returned a list, expected a torch"),
+        ({"schedule": "step"}, ValueError, "schedule is 'step', expected None or \"co"),
+        ({"callback": 1}, TypeError, "callback is a int, expected a function of epoch"),
+        ({"data": "digits"}, TypeError, "data is a str, expected a data set"),
+        ({"data": pair(classes=9)}, ValueError, "labels contain class 8, but the mod"),
+        ({"validation": pair(classes=9)}, ValueError, "labels contain class 8, but"),
+        ({"validation": pair(features=5)}, RuntimeError, "shapes cannot be multiplied"),
+    ],
+)
+def test_fit_refuses_before_anything_changes(arguments, error, text):
+    model = small_net().eval()
+    before, state = weights(model), torch.get_rng_state()
+    with pytest.raises(error, match=re.escape(text)):
+        fit(model, **{"data": pair(), **arguments})
+    assert same(before, weights(model))
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert torch.equal(state, torch.get_rng_state())
+    assert not any(module.training for module in model.modules())
+
+
+def test_fit_refuses_what_cannot_be_trained():
+    with pytest.raises(ValueError, match="model has no parameters to train, expected"):
+        fit(nn.Flatten(), pair())
+    with pytest.raises(TypeError, match=re.escape("expected a torch.nn.Module")):
+        fit(torch.relu, pair())
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [("1", True), ("True", True), (" on ", True), ("0", False), ("no", False)],
+)
+def test_fast_mode_reads_the_environment(monkeypatch, value, expected):
+    monkeypatch.setenv("CPNB_FAST", value)
+    assert fast_mode() is expected
+    monkeypatch.delenv("CPNB_FAST")
+    assert fast_mode() is False
+
+
+def test_fast_mode_refuses_what_is_neither_yes_nor_no(monkeypatch):
+    monkeypatch.setenv("CPNB_FAST", "fast")
+    with pytest.raises(ValueError, match="CPNB_FAST is 'fast', expected 1 or 0"):
+        fast_mode()
