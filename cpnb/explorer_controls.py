@@ -49,8 +49,8 @@ def _control(name: str, box_name: str, tip: str, last: int) -> Control:
         **shared,
         description=box_name,
         disabled=last == 1,
-        style={"description_width": "130px"},
-        layout={"width": "230px"},
+        style={"description_width": "110px"},
+        layout={"width": "200px"},
     )
     return Control(slider, box)
 

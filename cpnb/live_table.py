@@ -206,7 +206,7 @@ def _agree(name: str, wanted: Any, default: Any, sweep: RankSweep | None) -> Any
     if wanted is not None and wanted != held:
         raise ValueError(
             f"{name} is {wanted!r}, expected {held!r} as in the sweep. Leave {name} "
-            f"out, or make another sweep with rank_sweep(model, data, {name}={wanted!r})."
+            f"out, or make another sweep with rank_sweep(…, {name}={wanted!r})."
         )
     return held
 

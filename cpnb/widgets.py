@@ -80,10 +80,9 @@ class RankExplorer(ipywidgets.VBox):
         controls[GLOBAL] = percent_control()
         self.sliders = {axis: control.slider for axis, control in controls.items()}
         self.boxes = {axis: control.box for axis, control in controls.items()}
+        # No tooltip: the front end of ipywidgets 8.1 fails to draw an image with one.
         self.image = ipywidgets.Image(
-            format="png",
-            tooltip="Accuracy, kernel error and size; the text below has the numbers",
-            layout={"width": "1000px", "max_width": "100%"},
+            format="png", layout={"width": "1000px", "max_width": "100%"}
         )
         self.status = ipywidgets.HTML()
         rows = [ipywidgets.HBox([c.slider, c.box]) for c in controls.values()]
@@ -226,4 +225,5 @@ class RankExplorer(ipywidgets.VBox):
 
 
 def _html(role: str, lines: list[str]) -> str:
-    return f'<div role="{role}">{"<br>".join(map(html.escape, lines))}</div>'
+    text = "<br>".join(map(html.escape, lines))
+    return f'<div role="{role}" style="line-height: 1.5">{text}</div>'
