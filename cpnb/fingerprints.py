@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cpnb.evaluation import images_and_labels
+from cpnb.surgery import cp_layers
 
 
 def model_fingerprint(model: nn.Module) -> str:
@@ -54,6 +55,32 @@ def data_fingerprint(data: Any) -> str:
     digest = hashlib.sha256()
     _update(digest, zip(("images", "labels"), images_and_labels(data), strict=True))
     return digest.hexdigest()
+
+
+def check_network(model: nn.Module, ranks: Mapping[str, int], fingerprint: str) -> None:
+    """Refuse a network other than the one a sweep was made for.
+
+    Args:
+        model: The network.
+        ranks: Rank of every CP layer of the sweep's network.
+        fingerprint: Its fingerprint.
+
+    Raises:
+        ValueError: If layers, ranks or weights differ.
+    """
+    given = {name: layer.rank for name, layer in cp_layers(model).items()}
+    advice = "Sweep this network again with rank_sweep(model, data)."
+    if given != ranks:
+        raise ValueError(
+            f"sweep was made for a network with the CP ranks {dict(ranks)}, but model "
+            f"has {given}. {advice}"
+        )
+    found = model_fingerprint(model)
+    if found != fingerprint:
+        raise ValueError(
+            "sweep was made for a network with the same CP ranks but other weights or "
+            f"modules: fingerprint {fingerprint[:12]}, model has {found[:12]}. {advice}"
+        )
 
 
 def _update(digest: Any, tensors: Iterable[tuple[str, Tensor]]) -> None:

@@ -10,8 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from cpnb.fingerprints import model_fingerprint
-from cpnb.surgery import cp_layers
+from cpnb.fingerprints import check_network
 from cpnb.sweep_files import read_sweep, sweep_content, write_sweep
 from cpnb.sweep_points import GLOBAL, RankPoint, SweptLayer, point_row, total_error
 from cpnb.truncation import kept_rank
@@ -30,7 +29,7 @@ class RankSweep:
         other_parameters: Parameters outside the CP layers.
         key: Importance that ordered the components.
         refit: Whether λ was re-solved after each cut.
-        fingerprint: Hash of the network, see :func:`model_fingerprint`.
+        fingerprint: Hash of the network, see ``model_fingerprint``.
         provenance: Versions, device, date, number of images and their hash.
         axes: What was swept: layer names, and ``"*"`` for all layers at once.
         keeps: Fractions of the components on the ``"*"`` axis.
@@ -249,20 +248,7 @@ class RankSweep:
         Raises:
             ValueError: If layers, ranks or weights differ.
         """
-        given = {name: layer.rank for name, layer in cp_layers(model).items()}
-        advice = "Sweep this network again with rank_sweep(model, data)."
-        if given != self.ranks:
-            raise ValueError(
-                f"sweep was made for a network with the CP ranks {self.ranks}, but "
-                f"model has {given}. {advice}"
-            )
-        found = model_fingerprint(model)
-        if found != self.fingerprint:
-            raise ValueError(
-                "sweep was made for a network with the same CP ranks but other weights "
-                f"or modules: fingerprint {self.fingerprint[:12]}, model has "
-                f"{found[:12]}. {advice}"
-            )
+        check_network(model, self.ranks, self.fingerprint)
 
     def _key(self, ranks: Mapping[str, int]) -> tuple[int, ...]:
         for name, rank in ranks.items():
