@@ -439,6 +439,33 @@ def test_explorer_leaves_the_last_position_on_screen_when_moved_from_threads(
     assert explorer.image.value == picture
 
 
+def test_explorer_loses_no_move_that_comes_while_another_is_applied(explore, sweep):
+    explorer = explore(sweep)
+    entered, gate = threading.Event(), threading.Event()
+
+    def hold(_):
+        entered.set()
+        assert gate.wait(LONG)
+
+    explorer.boxes["conv"].observe(hold, "value")
+    first = threading.Thread(
+        target=lambda: explorer.sliders["conv"].set_trait("value", 3)
+    )
+    second = threading.Thread(
+        target=lambda: explorer.sliders["fc"].set_trait("value", 2)
+    )
+    first.start()
+    assert entered.wait(LONG)
+    second.start()
+    second.join(0.2)  # time to go wrong; it should wait for the first
+    gate.set()
+    first.join()
+    second.join()
+    assert explorer.boxes["fc"].value == 2 and explorer.boxes["conv"].value == 3
+    assert "conv: rank 3 of 8" in words(explorer)
+    assert "fc: rank 2 of 6" in words(explorer)
+
+
 def test_explorer_close_ends_its_thread_and_widgets(explore, model, data):
     explorer = explore(model, data)
     explorer.sliders["conv"].value = 2
