@@ -26,14 +26,13 @@ ARGUMENTS = {
 
 def run(*command):
     """Run a command in the repository and return its exit status once it has ended."""
+    # Ctrl-C reaches the command too, which decides when to end. A handler that raised
+    # here could lose the status of a command that ends at the same moment.
+    signal.signal(signal.SIGINT, lambda *_: None)
     process = subprocess.Popen([str(word) for word in command], cwd=str(ROOT))
     signal.signal(signal.SIGTERM, lambda *_: process.terminate())
-    while True:
-        try:
-            status = process.wait()
-        except KeyboardInterrupt:
-            continue  # Ctrl-C reached the command too, which decides when to end
-        return status if status >= 0 else 128 - status
+    status = process.wait()
+    return status if status >= 0 else 128 - status
 
 
 def install(extras):

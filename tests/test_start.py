@@ -25,9 +25,12 @@ def start(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "STAMP", tmp_path / ".venv" / "stamp")
     for name in ("pyproject.toml", "constraints.txt"):
         (tmp_path / name).write_text(name)
-    handler = signal.getsignal(signal.SIGTERM)
+    handlers = {
+        name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)
+    }
     yield module
-    signal.signal(signal.SIGTERM, handler)
+    for name, handler in handlers.items():
+        signal.signal(name, handler)
 
 
 @pytest.fixture
