@@ -34,8 +34,11 @@ from cpnb.truncation import component_order, kept_rank, select_components, trunc
 
 __version__ = "0.1.0"
 
-# Pictures and widgets bring matplotlib and ipywidgets with them.
-_LAZY = {"RankExplorer": "cpnb.widgets"}
+# Pictures and widgets bring matplotlib and ipywidgets with them: loaded when asked for.
+_LAZY = {
+    "RankExplorer": lambda: import_module("cpnb.widgets").RankExplorer,
+    "plots": lambda: import_module("cpnb.plots"),
+}
 
 __all__ = [
     "INITIALIZERS",
@@ -72,6 +75,7 @@ __all__ = [
     "load_data",
     "load_weights",
     "normalize_columns",
+    "plots",
     "power_method",
     "rank_sweep",
     "relative_error",
@@ -88,7 +92,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
-        return getattr(import_module(_LAZY[name]), name)
+        return _LAZY[name]()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

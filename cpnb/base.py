@@ -201,8 +201,9 @@ class CPLayer(nn.Module):
     def _folded_lam(self) -> Tensor:
         """σλ over all column norms: goes with the factors as they are stored."""
         lam = self._signed_lam() * self.scale
-        for factor in self.factors:
-            lam = lam * inverse_norms(factor)
+        if len(self.factors):
+            for inverse in inverse_norms(self.factors).unbind():
+                lam = lam * inverse
         return lam
 
     def _padded_factors(self) -> list[Tensor]:

@@ -85,21 +85,21 @@ def khatri_rao(matrices: Sequence[Tensor]) -> Tensor:
     return product
 
 
-def inverse_norms(factor: Tensor) -> Tensor:
+def inverse_norms(factors: Sequence[Tensor]) -> Tensor:
     """One over each column's 2-norm; 0 for a zero column, with zero gradient.
 
     A component with a zero column therefore contributes nothing and stays put,
     instead of spreading NaN through the layer.
 
     Args:
-        factor: Shape ``(size, rank)``.
+        factors: At least one. Shapes ``(size_n, rank)``.
 
     Returns:
-        Shape ``(rank,)``.
+        Shape ``(modes, rank)``.
     """
-    if factor.dtype is torch.float16:  # squares of 1e-4 underflow in half precision
-        return inverse_norms(factor.float()).to(factor.dtype)
-    squares = (factor * factor).sum(0)
+    if factors[0].dtype is torch.float16:  # squares of 1e-4 underflow there
+        return inverse_norms([f.float() for f in factors]).half()
+    squares = torch.stack([(f * f).sum(0) for f in factors])
     alive = squares >= torch.finfo(squares.dtype).tiny
     return torch.where(alive, squares, 1).rsqrt() * alive
 
@@ -123,7 +123,7 @@ def normalize_columns(factors: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
             [0.0000, 0.0000]]), tensor([[5., 0.]]))
     """
     check_factors(factors)
-    inverses = [inverse_norms(f) for f in factors]
+    inverses = inverse_norms(factors)
     units = [f * inverse for f, inverse in zip(factors, inverses, strict=True)]
     norms = [(f * unit).sum(0) for f, unit in zip(factors, units, strict=True)]
     return units, torch.stack(norms)

@@ -96,7 +96,7 @@ def random_units(
     draw = torch.randn(
         size, count, generator=generator, device=device, dtype=torch.float64
     )
-    return (draw * inverse_norms(draw)).to(like)
+    return (draw * inverse_norms([draw])[0]).to(like)
 
 
 def decomposed(kernel: Tensor, lam: Tensor, factors: Sequence[Tensor]) -> CPResult:
@@ -158,10 +158,10 @@ def _rank_one(
                 update = (left * khatri_rao(others[n + 1 :])).sum(1)
             else:
                 update = left[:, 0]
-            others[n] = update * inverse_norms(update)
+            others[n] = update * inverse_norms([update])[0]
             contracted = (left * others[n][:, None]).sum(0)
         update = unfolded @ khatri_rao(others)
-        first = update * inverse_norms(update)
+        first = update * inverse_norms([update])[0]
     lam = (update * first).sum(0)
     best = lam.argmax()
     return lam[best], [v[:, best] for v in (first, *others)]

@@ -12,12 +12,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from cpnb.figure_ranks import (
+from cpnb._figures.ranks import (
     plot_lambda_spectrum,
     plot_rank_curve,
     plot_truncation_panel,
 )
-from cpnb.figure_style import (
+from cpnb._figures.style import (
     METHOD_STYLES,
     MethodStyle,
     axes_or_new,
@@ -28,7 +28,7 @@ from cpnb.figure_style import (
     styled,
     use_style,
 )
-from cpnb.figure_tiles import plot_components, plot_images
+from cpnb._figures.tiles import plot_components, plot_images
 from cpnb.records import MEASURES, Run
 
 __all__ = [

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from cpnb.sweep_meter import RankMeter
-from cpnb.sweep_plan import plan_positions
-from cpnb.sweep_points import GLOBAL
-from cpnb.sweep_table import RankSweep
+from cpnb._sweep.meter import RankMeter
+from cpnb._sweep.plan import plan_positions
+from cpnb._sweep.points import GLOBAL
+from cpnb._sweep.table import RankSweep
 
 __all__ = ["RankSweep", "rank_sweep"]
 

@@ -11,17 +11,17 @@ import ipywidgets
 from matplotlib.figure import Figure
 from torch import nn
 
-from cpnb.explorer_controls import (
+from cpnb._explorer.controls import (
     Control,
     close_previous,
     percent_control,
     rank_control,
 )
-from cpnb.explorer_figure import ExplorerFigure
-from cpnb.explorer_state import ExplorerState, explorer_state, status_lines
-from cpnb.live_table import LiveTable
-from cpnb.sweep_points import GLOBAL
-from cpnb.sweep_table import RankSweep
+from cpnb._explorer.figure import ExplorerFigure
+from cpnb._explorer.live import LiveTable
+from cpnb._explorer.state import ExplorerState, explorer_state, status_lines
+from cpnb._sweep.points import GLOBAL
+from cpnb._sweep.table import RankSweep
 
 
 class RankExplorer(ipywidgets.VBox):

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from cpnb.background import LatestWins
+from cpnb._explorer.background import LatestWins
 
 LONG = 30  # seconds; a test that waits this long has failed
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from matplotlib.colors import to_hex
 
-from cpnb import figure_style, plots
+from cpnb import plots
+from cpnb._figures import style as figure_style
 from cpnb.data import load_data
 from cpnb.layers import CPConv2d
 from cpnb.records import Run

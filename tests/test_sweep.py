@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from cpnb.fingerprints import data_fingerprint, model_fingerprint
+from cpnb._sweep.fingerprints import data_fingerprint, model_fingerprint
+from cpnb._sweep.plan import default_ranks
+from cpnb._sweep.points import SweptLayer
 from cpnb.layers import CPConv2d, CPLinear
 from cpnb.sweep import RankSweep, rank_sweep
-from cpnb.sweep_plan import default_ranks
-from cpnb.sweep_points import SweptLayer
 from cpnb.truncation import truncate
 
 RANKS = {"conv1": 5, "conv2": 4, "fc": 3}

@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 from torch import nn
 
-from cpnb import explorer_controls
+from cpnb._explorer import controls
+from cpnb._explorer.figure import ExplorerFigure
+from cpnb._explorer.state import explorer_state, size_words, status_lines
 from cpnb.evaluation import accuracy
-from cpnb.explorer_figure import ExplorerFigure
-from cpnb.explorer_state import explorer_state, size_words, status_lines
 from cpnb.layers import CPConv2d, CPLinear
 from cpnb.sweep import rank_sweep
 from cpnb.truncation import kept_rank, truncate
@@ -486,9 +486,9 @@ def test_explorer_needs_no_thread_for_a_table(explore, model, data, sweep):
 
 def test_explorer_closes_those_of_the_last_run_of_its_cell(explore, sweep, monkeypatch):
     def cell(name, run):
-        monkeypatch.setattr(explorer_controls, "_executing_cell", lambda: (name, run))
+        monkeypatch.setattr(controls, "_executing_cell", lambda: (name, run))
 
-    monkeypatch.setattr(explorer_controls, "_made_by", {})
+    monkeypatch.setattr(controls, "_made_by", {})
     cell("a", "1")
     first, second = explore(sweep), explore(sweep)
     cell("b", "2")
@@ -504,7 +504,7 @@ def test_explorer_closes_those_of_the_last_run_of_its_cell(explore, sweep, monke
 
 
 def test_explorer_outside_a_notebook_belongs_to_no_cell():
-    assert explorer_controls._executing_cell() == (None, None)
+    assert controls._executing_cell() == (None, None)
 
 
 @pytest.mark.parametrize(

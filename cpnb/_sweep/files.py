@@ -9,10 +9,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cpnb.sweep_points import SweptLayer
+from cpnb._sweep.points import SweptLayer
 
 if TYPE_CHECKING:
-    from cpnb.sweep_table import RankSweep
+    from cpnb._sweep.table import RankSweep
 
 FORMAT, VERSION = "cpnb rank sweep", 1
 AGAIN = "Make it again with rank_sweep(model, data).save(path)."

@@ -10,7 +10,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from cpnb.figure_style import (
+from cpnb._figures.style import (
     BLUE,
     GREY,
     INK,

@@ -12,7 +12,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.image import AxesImage
 
-from cpnb.figure_style import INK
+from cpnb._figures.style import INK
 
 
 def plot_components(

@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from cpnb.background import LatestWins
-from cpnb.sweep_meter import RankMeter
-from cpnb.sweep_points import GLOBAL
-from cpnb.sweep_table import PERCENTS, RankSweep
+from cpnb._explorer.background import LatestWins
+from cpnb._sweep.meter import RankMeter
+from cpnb._sweep.points import GLOBAL
+from cpnb._sweep.table import PERCENTS, RankSweep
 from cpnb.truncation import truncate
 
 TABLE, MEASURED = "table", "measured"

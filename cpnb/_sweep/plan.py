@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
 
-from cpnb.sweep_points import GLOBAL, SweptLayer
-from cpnb.sweep_table import PERCENTS, RankSweep
+from cpnb._sweep.points import GLOBAL, SweptLayer
+from cpnb._sweep.table import PERCENTS, RankSweep
 
 ALL_RANKS, GRID = 128, 64
 """Up to ALL_RANKS a layer is swept at every rank, above at about GRID of them."""

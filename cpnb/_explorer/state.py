@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from cpnb.sweep_points import GLOBAL, RankPoint
-from cpnb.sweep_table import RankSweep
+from cpnb._sweep.points import GLOBAL, RankPoint
+from cpnb._sweep.table import RankSweep
 
 
 @dataclass(frozen=True)

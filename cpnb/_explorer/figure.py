@@ -10,14 +10,14 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from cpnb.explorer_panel import DENSE, Panel, set_points, with_gaps
-from cpnb.explorer_state import (
+from cpnb._explorer.panel import DENSE, Panel, set_points, with_gaps
+from cpnb._explorer.state import (
     ExplorerState,
     accuracy_words,
     decimal,
     label,
 )
-from cpnb.sweep_points import GLOBAL
+from cpnb._sweep.points import GLOBAL
 
 BLUE, VERMILION, GREEN, SKY = "#0072b2", "#d55e00", "#009e73", "#56b4e9"
 SIZE, DPI = (10.0, 3.2), 100

@@ -9,8 +9,8 @@ from typing import Any
 
 import ipywidgets
 
-from cpnb.explorer_state import label
-from cpnb.sweep_points import SweptLayer
+from cpnb._explorer.state import label
+from cpnb._sweep.points import SweptLayer
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from cpnb._sweep.fingerprints import data_fingerprint, model_fingerprint
+from cpnb._sweep.points import GLOBAL, SweptLayer
+from cpnb._sweep.table import RankSweep
 from cpnb.cp import relative_error
 from cpnb.evaluation import accuracy, images_and_labels, placement
-from cpnb.fingerprints import data_fingerprint, model_fingerprint
 from cpnb.records import provenance
 from cpnb.surgery import cp_layers
-from cpnb.sweep_points import GLOBAL, SweptLayer
-from cpnb.sweep_table import RankSweep
 from cpnb.truncation import component_order, select_components
 
 

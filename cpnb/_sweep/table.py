@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import nn
 
-from cpnb.fingerprints import check_network
-from cpnb.sweep_files import read_sweep, sweep_content, write_sweep
-from cpnb.sweep_points import GLOBAL, RankPoint, SweptLayer, point_row, total_error
+from cpnb._sweep.files import read_sweep, sweep_content, write_sweep
+from cpnb._sweep.fingerprints import check_network
+from cpnb._sweep.points import GLOBAL, RankPoint, SweptLayer, point_row, total_error
 from cpnb.truncation import kept_rank
 
 PERCENTS = tuple(percent / 100 for percent in range(1, 101))

@@ -1,0 +1,1 @@
+"""Behind `cpnb.widgets`: answers, measuring in the background, and the picture."""

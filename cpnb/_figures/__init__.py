@@ -1,0 +1,1 @@
+"""Behind `cpnb.plots`: style, curves over ranks, and pictures of kernels."""

@@ -1,0 +1,1 @@
+"""Behind `cpnb.sweep`: the table, its points and files, and how they are measured."""
