@@ -31,6 +31,7 @@ from cpnb.surgery import canonicalize, cp_layers, from_layer, to_dense
 from cpnb.sweep import RankSweep, rank_sweep
 from cpnb.training import Run, fast_mode, fit
 from cpnb.truncation import component_order, kept_rank, select_components, truncate
+from cpnb.unified import unified_variance
 
 __version__ = "0.1.0"
 
@@ -86,6 +87,7 @@ __all__ = [
     "truncate",
     "truncation_report",
     "unified",
+    "unified_variance",
     "uniform",
 ]
 

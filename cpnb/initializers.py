@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cpnb.als import als
 from cpnb.decomposition import power_method, random_units
+from cpnb.unified import reproducing_transformation
 
 CPForm = tuple[Tensor, list[Tensor]]
 
@@ -67,7 +68,9 @@ def unified(
     factors = [random_units(n, rank, generator, like) for n in _sizes(shape)]
     # For O = I = 1 the kernel is Σ ±λ: the sign is all the randomness there is.
     signs = 1 if factors else random_units(1, rank, generator, like)[0]
-    channels = shape[0] if mode == "fan_in" else shape[1] * groups
+    # Fan-out is fan-in of the convolution that the backward pass is equivalent to.
+    backward = reproducing_transformation(shape, groups=groups)
+    channels = (shape if mode == "fan_in" else backward)[0]
     phi = 0.5 if nonlinearity == "relu" else 1.0
     lam = like.new_full((rank,), math.sqrt(channels / (phi * rank)))
     return lam * signs, factors
