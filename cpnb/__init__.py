@@ -6,7 +6,7 @@ Importing it loads torch and numpy only; what needs more loads it when first use
 from importlib import import_module
 from typing import Any
 
-from cpnb.als import als
+from cpnb.als import als, bounded_als
 from cpnb.base import CPLayer
 from cpnb.checkpoints import load_weights, save_model
 from cpnb.conv import CPConv1d, CPConv2d, CPConv3d
@@ -20,7 +20,8 @@ from cpnb.cp import (
     relative_error,
 )
 from cpnb.data import Dataset, load_data
-from cpnb.decomposition import CPResult, power_method
+from cpnb.data_aware import data_aware, data_aware_als, input_covariance
+from cpnb.decomposition import CPResult, DecompositionInfo, power_method
 from cpnb.evaluation import accuracy, evaluate
 from cpnb.initializers import INITIALIZERS, gaussian, unified, uniform
 from cpnb.linear import CPLinear
@@ -50,6 +51,7 @@ __all__ = [
     "CPLinear",
     "CPResult",
     "Dataset",
+    "DecompositionInfo",
     "DigitsNet",
     "LeNet",
     "RankExplorer",
@@ -58,6 +60,7 @@ __all__ = [
     "TruncationReport",
     "accuracy",
     "als",
+    "bounded_als",
     "break_even_rank",
     "canonical_gauge",
     "canonicalize",
@@ -66,11 +69,14 @@ __all__ = [
     "cp_layers",
     "cp_norm",
     "cp_to_kernel",
+    "data_aware",
+    "data_aware_als",
     "evaluate",
     "fast_mode",
     "fit",
     "from_layer",
     "gaussian",
+    "input_covariance",
     "kept_rank",
     "khatri_rao",
     "load_data",

@@ -3,8 +3,10 @@
 Works on the kernel's device, in float64 inside, for any order; so does ALS in `als.py`.
 """
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +18,41 @@ from cpnb.cp import (
     rebuild,
     relative_error,
 )
+from cpnb.diagnostics import Degeneracy, degeneracy
 from cpnb.ranks import resolve_rank
 
 _EXHAUSTED = 1e-14  # a residual below this fraction of ‖W‖ is rounding, not signal
+
+
+@dataclass(frozen=True)
+class DecompositionInfo:
+    """How a decomposition went.
+
+    Attributes:
+        method: Name of the function.
+        relative_error: ``‖W − Ŵ‖_F / ‖W‖_F``, 0 for a zero kernel.
+        iterations: Sweeps done; for the greedy method over all components.
+        seconds: Wall-clock time.
+        degeneracy: λ_max, energy, worst cosine, sensitivity and whether all is finite.
+        weighted_error: The error a data-aware fit minimised, None for other fits.
+    """
+
+    method: str
+    relative_error: float
+    iterations: int
+    seconds: float
+    degeneracy: Degeneracy
+    weighted_error: float | None = None
+
+    @property
+    def fit(self) -> float:
+        """``1 − relative_error``."""
+        return 1 - self.relative_error
+
+    def to_row(self) -> dict[str, Any]:
+        """All numbers as one flat dict."""
+        row = {n: v for n, v in vars(self).items() if n != "degeneracy"}
+        return row | {"fit": self.fit} | self.degeneracy.to_row()
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,12 +62,17 @@ class CPResult:
     Attributes:
         lam: Component weights. Shape ``(rank,)``.
         factors: Unit-column factor matrices, one per mode. Shapes ``(size_n, rank)``.
-        relative_error: ``‖W − Ŵ‖_F / ‖W‖_F`` (0 for a zero kernel).
+        info: How it went.
     """
 
     lam: Tensor
     factors: list[Tensor]
-    relative_error: float
+    info: DecompositionInfo
+
+    @property
+    def relative_error(self) -> float:
+        """``‖W − Ŵ‖_F / ‖W‖_F`` (0 for a zero kernel)."""
+        return self.info.relative_error
 
 
 def power_method(
@@ -75,17 +114,19 @@ def power_method(
     for name, value in (("restarts", restarts), ("sweeps", sweeps)):
         if value < 1:
             raise ValueError(f"{name} is {value}, expected at least 1.")
+    began = time.perf_counter()
     work = kernel.detach().double()
-    components = _svd_terms(work) if kernel.ndim == 2 else None
-    if components is None:
-        components = _greedy_terms(work, rank, restarts, sweeps, generator)
-    lam, factors = components[0][:rank], [f[:, :rank] for f in components[1]]
+    if kernel.ndim == 2:
+        lam, factors, iterations = _svd_terms(work, rank)
+    else:
+        lam, factors = _greedy_terms(work, rank, restarts, sweeps, generator)
+        iterations = sweeps * lam.numel()
     missing = rank - lam.numel()
     if missing:
         lam = torch.cat([lam, lam.new_zeros(missing)])
         extra = [random_units(n, missing, generator, work) for n in kernel.shape]
         factors = [torch.cat(pair, 1) for pair in zip(factors, extra, strict=True)]
-    return decomposed(kernel, lam, factors)
+    return decomposed("power_method", kernel, lam, factors, iterations, began)
 
 
 def random_units(
@@ -99,16 +140,33 @@ def random_units(
     return (draw * inverse_norms([draw])[0]).to(like)
 
 
-def decomposed(kernel: Tensor, lam: Tensor, factors: Sequence[Tensor]) -> CPResult:
-    """Wrap float64 terms as a `CPResult` in the kernel's dtype, with their error."""
-    error = relative_error(kernel.detach().double(), rebuild(lam, factors)).item()
+def decomposed(
+    method: str,
+    kernel: Tensor,
+    lam: Tensor,
+    factors: Sequence[Tensor],
+    iterations: int,
+    began: float,
+    weighted_error: float | None = None,
+) -> CPResult:
+    """Wrap float64 terms as a `CPResult` in the kernel's dtype."""
+    info = DecompositionInfo(
+        method=method,
+        relative_error=relative_error(
+            kernel.detach().double(), rebuild(lam, factors)
+        ).item(),
+        iterations=iterations,
+        seconds=time.perf_counter() - began,
+        degeneracy=degeneracy(lam, factors),
+        weighted_error=weighted_error,
+    )
     dtype = kernel.dtype
-    return CPResult(lam.to(dtype), [f.to(dtype).contiguous() for f in factors], error)
+    return CPResult(lam.to(dtype), [f.to(dtype).contiguous() for f in factors], info)
 
 
-def _svd_terms(matrix: Tensor) -> tuple[Tensor, list[Tensor]]:
+def _svd_terms(matrix: Tensor, rank: int) -> tuple[Tensor, list[Tensor], int]:
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-    return values, [left, right.T]
+    return values[:rank], [left[:, :rank], right.T[:, :rank]], 1
 
 
 def _greedy_terms(

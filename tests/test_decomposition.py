@@ -8,6 +8,7 @@ import torch
 from torch.testing import assert_close
 
 import cpnb
+from cpnb.als import _start
 
 SHAPES = [(8, 6, 3, 3), (9, 7, 5), (6, 5), (4, 3, 2, 2, 2)]
 
@@ -26,6 +27,13 @@ def exact_kernel(shape, rank, seed=0):
     lam = torch.arange(rank, 0, -1, dtype=torch.float64)
     units, _ = cpnb.normalize_columns(factors)
     return cpnb.cp_to_kernel(lam, units), cpnb.canonical_gauge(lam, units)
+
+
+def border_rank_kernel():
+    a, b = torch.eye(2, dtype=torch.float64)
+    return sum(
+        torch.einsum("i,j,k->ijk", *term) for term in [(a, a, b), (a, b, a), (b, a, a)]
+    )
 
 
 def rebuilt(result):
@@ -146,23 +154,76 @@ def test_als_without_ridge_never_raises_the_error():
 
 def test_als_ridge_holds_lambda_down_on_a_degenerate_kernel():
     """The border-rank kernel aab + aba + baa has no best fit of rank 2."""
-    a, b = torch.eye(2, dtype=torch.float64)
-    kernel = sum(
-        torch.einsum("i,j,k->ijk", *term) for term in [(a, a, b), (a, b, a), (b, a, a)]
-    )
+    kernel = border_rank_kernel()
     free = cpnb.als(kernel, 2, sweeps=2000, ridge=0, tol=0, generator=seeded())
     held = cpnb.als(kernel, 2, sweeps=2000, ridge=1e-2, tol=0, generator=seeded())
     assert free.relative_error < held.relative_error
     assert free.lam.max() > 3 * held.lam.max()
 
 
+@pytest.mark.parametrize("start", ["greedy", "svd", "random"])
+def test_als_improves_on_every_start_and_svd_starts_from_singular_vectors(start):
+    kernel = random_kernel((8, 6, 3, 3))
+    one = cpnb.als(kernel, 6, sweeps=1, start=start, generator=seeded())
+    many = cpnb.als(kernel, 6, sweeps=80, start=start, generator=seeded())
+    assert many.relative_error < one.relative_error < 1
+    factors = _start("svd", kernel / kernel.norm(), 4, seeded())
+    left = torch.linalg.svd(kernel.flatten(1)).U[:, :4]
+    overlap = (left * factors[0] / factors[0].norm(dim=0)).sum(0).abs()
+    assert_close(overlap, torch.ones(4, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("rank", [300, 600])
-def test_als_stays_finite_far_above_the_kernels_own_rank(dtype, rank):
-    kernel = random_kernel((16, 8, 3, 3), dtype=dtype)
+@pytest.mark.parametrize("rank", [300, 450, 600])
+def test_als_stays_finite_where_float32_als_of_the_oracle_does_not(dtype, rank):
+    kernel = random_kernel((64, 32, 3, 3), dtype=dtype)
     result = cpnb.als(kernel, rank, sweeps=10, generator=seeded())
-    assert result.lam.isfinite().all()
-    assert result.relative_error < 1e-3
+    assert result.info.degeneracy.finite
+    assert all(f.isfinite().all() for f in (result.lam, *result.factors))
+    assert result.relative_error < 1e-2
+
+
+def test_bounded_als_lowers_the_energy_and_keeps_the_error():
+    kernel = random_kernel((8, 6, 3, 3))
+    free = cpnb.als(kernel, 20, generator=seeded())
+    held = cpnb.bounded_als(kernel, 20, generator=seeded())
+    assert held.relative_error <= free.relative_error * (1 + 1e-4)
+    assert held.info.degeneracy.energy < 0.9 * free.info.degeneracy.energy
+    assert held.info.degeneracy.sensitivity < free.info.degeneracy.sensitivity
+
+
+@pytest.mark.parametrize("max_error", [0.1, 0.3])
+def test_bounded_als_meets_its_bound_on_the_border_rank_kernel(max_error):
+    held = cpnb.bounded_als(border_rank_kernel(), 2, max_error=max_error)
+    assert held.relative_error == pytest.approx(max_error, rel=1e-3)
+    assert not held.info.degeneracy.degenerate
+
+
+def test_bounded_als_of_a_healthy_kernel_finds_its_own_components():
+    """Orthogonal components have the least energy there is: nothing to gain."""
+    factors = [torch.eye(n, dtype=torch.float64)[:, :3] for n in (5, 4, 3)]
+    lam = torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64)
+    kernel = cpnb.cp_to_kernel(lam, factors)
+    result = cpnb.bounded_als(kernel, 3, generator=seeded())
+    assert_close(result.lam, lam, rtol=1e-4, atol=0)
+
+
+def test_info_holds_what_direct_computation_gives():
+    kernel = random_kernel((6, 5, 3))
+    for method in (cpnb.power_method, cpnb.als, cpnb.bounded_als):
+        result = method(kernel, 4, generator=seeded())
+        row = result.info.to_row()
+        norm = rebuilt(result).norm()
+        gram = cpnb.component_gram(result.factors).fill_diagonal_(0)
+        assert row["method"] == method.__name__
+        assert row["fit"] == 1 - result.relative_error
+        assert row["iterations"] >= 1
+        assert row["seconds"] > 0
+        assert row["lam_max"] == pytest.approx((result.lam.max() / norm).item())
+        energy = (result.lam / norm).square().sum().item()
+        assert row["energy"] == pytest.approx(energy)
+        assert row["worst_cosine"] == pytest.approx(gram.abs().max().item())
+        assert row["finite"] is True
 
 
 @pytest.mark.parametrize("method", [cpnb.power_method, cpnb.als])
@@ -220,6 +281,17 @@ def test_power_method_pads_with_zero_lambda_when_nothing_is_left():
         (lambda k: cpnb.power_method(k, 2, sweeps=-1), ValueError, "sweeps is -1"),
         (lambda k: cpnb.als(k, 2, ridge=-1.0), ValueError, "ridge is -1.0"),
         (lambda k: cpnb.als(k, 2, sweeps=0), ValueError, "sweeps is 0"),
+        (lambda k: cpnb.als(k, 2, tol=math.nan), ValueError, "tol is nan"),
+        (
+            lambda k: cpnb.als(k, 2, start="hosvd"),
+            ValueError,
+            r"start is 'hosvd', expected one of \('greedy', 'svd', 'random'\)",
+        ),
+        (
+            lambda k: cpnb.bounded_als(k, 2, max_error=1.5),
+            ValueError,
+            r"max_error is 1.5, expected a relative error in \[0, 1\)",
+        ),
     ],
 )
 def test_decompositions_refuse_bad_input_with_a_clear_error(call, error, text):
