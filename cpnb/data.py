@@ -2,14 +2,41 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-NAMES = ("digits",)
-_VALIDATION_SHARE = _TEST_SHARE = 0.2
+from cpnb.idx import read_pair, where_to_put
+
+_VALIDATION_SHARE = _TEST_SHARE = 0.2  # of the digits
+_IDX_VALIDATION_SHARE = 0.1  # of the official training part of an idx set
+_DIGITS = tuple("0123456789")
+_CLOTHES = (
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
+# Class names and licence line of each data set.
+_ABOUT = {
+    "digits": (_DIGITS, "CC BY 4.0 (UCI, doi:10.24432/C50P49), copy in scikit-learn"),
+    "mnist": (_DIGITS, "cite LeCun, Bottou, Bengio, Haffner 1998"),
+    "fashion_mnist": (
+        _CLOTHES,
+        "MIT, Zalando SE 2017; cite Xiao, Rasul, Vollgraf 2017",
+    ),
+}
+NAMES = tuple(_ABOUT)
 
 
 class Split(NamedTuple):
@@ -87,6 +114,7 @@ def load_data(
     name: str = "digits",
     *,
     seed: int = 0,
+    train_size: int | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Dataset:
@@ -97,20 +125,31 @@ def load_data(
     validation split. The writer of an image is not recorded, so every split contains
     all writers: accuracy on a new writer is not measured here.
 
+    ``"mnist"`` and ``"fashion_mnist"`` (28×28 pixels) are read from their four official
+    idx ``.gz`` files in the subfolder of that name of the folder that the environment
+    variable ``CPNB_DATA`` names; nothing is downloaded. The test split is the official
+    one, in its order; the validation split is 10 % of each class of the official
+    training part.
+
     Args:
-        name: Name of the data set; only ``"digits"`` in this release.
+        name: ``"digits"``, ``"mnist"`` or ``"fashion_mnist"``.
         seed: Decides which image goes to which split, and their order.
+        train_size: Keep only so many training images, the first in the seed's order.
         device: Device of the tensors; the CPU by default.
         dtype: Floating dtype of the images; float32 by default.
 
     Returns:
-        The data set. Images have shape ``(n, 1, 8, 8)``; mean 0 and standard deviation
-        1 over the pixels of the training split, the same shift and scale elsewhere.
+        The data set. Images have shape ``(n, 1, height, width)``; mean 0 and standard
+        deviation 1 over the pixels of the training split, the same shift and scale
+        elsewhere.
 
     Raises:
-        ImportError: If scikit-learn is missing.
-        TypeError: If ``seed`` is no int or ``dtype`` no floating dtype.
-        ValueError: If ``name`` is unknown.
+        FileNotFoundError: If ``CPNB_DATA`` is not set or a file is missing.
+        ImportError: If the digits are asked for and scikit-learn is missing.
+        TypeError: If ``seed`` or ``train_size`` is no int or ``dtype`` no floating
+            dtype.
+        ValueError: If ``name`` is unknown, ``train_size`` out of range, or a file is
+            damaged; the message names the file.
 
     Example:
         >>> load_data("digits")
@@ -118,33 +157,59 @@ def load_data(
         test 359; seed 0)
 
     Source: E. Alpaydin, C. Kaynak, Optical Recognition of Handwritten Digits, UCI
-    Machine Learning Repository, 1998, doi:10.24432/C50P49 (its test part).
+    Machine Learning Repository, 1998, doi:10.24432/C50P49 (its test part). Y. LeCun,
+    L. Bottou, Y. Bengio, P. Haffner, Gradient-Based Learning Applied to Document
+    Recognition, 1998, doi:10.1109/5.726791. H. Xiao, K. Rasul, R. Vollgraf,
+    Fashion-MNIST, 2017, arXiv:1708.07747.
     """
-    if name not in NAMES:
+    if name not in _ABOUT:
         known = ", ".join(map(repr, NAMES))
         raise ValueError(
             f"name is {name!r}, expected one of {known}. For images of your own pass a "
             "pair (images, labels) wherever a function takes data."
         )
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed is {seed!r}, expected an int.")
+    _check_int("seed", seed)
     _check_floating(dtype)
-    pixels, labels = _read_digits()
-    train, validation, test = _stratified_split(labels, seed)
-    mean, std = pixels[train].mean().item(), pixels[train].std(correction=0).item()
-    images = ((pixels - mean) / std).unsqueeze(1).to(dtype or torch.float32)
-    parts = [Split(images[i], labels[i]) for i in (train, validation, test)]
-    return Dataset(
-        name=name,
-        train=parts[0],
-        validation=parts[1],
-        test=parts[2],
-        classes=tuple("0123456789"),
-        mean=mean,
-        std=std,
-        licence="CC BY 4.0 (UCI, doi:10.24432/C50P49), copy in scikit-learn",
-        seed=seed,
-    ).to(device)
+    if name == "digits":
+        pixels, labels = _read_digits()
+        shares = (_VALIDATION_SHARE, _TEST_SHARE)
+        train, *held_out = _stratified_split(labels, seed, shares)
+        pairs = [(pixels[i], labels[i]) for i in held_out]
+    else:
+        folder = _data_folder(name)
+        pixels, labels = read_pair(folder, "train")
+        train, held_out = _stratified_split(labels, seed, (_IDX_VALIDATION_SHARE,))
+        pairs = [(pixels[held_out], labels[held_out]), read_pair(folder, "test")]
+    if train_size is not None:
+        _check_int("train_size", train_size)
+        if not 1 <= train_size <= len(train):
+            raise ValueError(
+                f"train_size is {train_size}, expected 1 to {len(train)}, the number "
+                "of training images."
+            )
+        train = train[:train_size]
+    pairs.insert(0, (pixels[train], labels[train]))
+    seen = pairs[0][0] if name == "digits" else pairs[0][0].float()
+    mean, std = seen.mean().item(), seen.std(correction=0).item()
+    train, validation, test = (
+        Split(((x - mean) / std).unsqueeze(1).to(dtype or torch.float32), y)
+        for x, y in pairs
+    )
+    classes, licence = _ABOUT[name]
+    return Dataset(name, train, validation, test, classes, mean, std, licence, seed).to(
+        device
+    )
+
+
+def _data_folder(name: str) -> Path:
+    """Folder of a data set in the one that ``CPNB_DATA`` names."""
+    root = os.environ.get("CPNB_DATA", "").strip()
+    if not root:
+        raise FileNotFoundError(
+            f"load_data({name!r}) finds no files: the environment variable CPNB_DATA "
+            f"is not set. {where_to_put(name)}"
+        )
+    return Path(root).expanduser() / name
 
 
 def _read_digits() -> tuple[Tensor, Tensor]:
@@ -160,21 +225,26 @@ def _read_digits() -> tuple[Tensor, Tensor]:
     return torch.from_numpy(digits.images), torch.from_numpy(digits.target).long()
 
 
-def _stratified_split(labels: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Indices of the train, validation and test split, each in random order."""
+def _stratified_split(
+    labels: Tensor, seed: int, shares: tuple[float, ...]
+) -> list[Tensor]:
+    """Indices of the training split and of one per share, each in random order."""
     generator = torch.Generator().manual_seed(seed)
-    parts: tuple[list[Tensor], ...] = ([], [], [])
+    parts: list[list[Tensor]] = [[] for _ in (0, *shares)]
     for label in labels.unique():
         members = (labels == label).nonzero().squeeze(1)
         members = members[torch.randperm(len(members), generator=generator)]
-        validation = round(_VALIDATION_SHARE * len(members))
-        test = round(_TEST_SHARE * len(members))
-        sizes = [len(members) - validation - test, validation, test]
+        sizes = [round(share * len(members)) for share in shares]
+        sizes.insert(0, len(members) - sum(sizes))
         for part, piece in zip(parts, members.split(sizes), strict=True):
             part.append(piece)
     joined = [torch.cat(part) for part in parts]
-    shuffled = [i[torch.randperm(len(i), generator=generator)] for i in joined]
-    return shuffled[0], shuffled[1], shuffled[2]
+    return [i[torch.randperm(len(i), generator=generator)] for i in joined]
+
+
+def _check_int(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} is {value!r}, expected an int.")
 
 
 def _check_floating(dtype: torch.dtype | None) -> None:
