@@ -81,12 +81,12 @@ EXPERIMENTS: dict[str, Experiment] = {
             _FULL,
             name="initialization-mnist",
             title="MNIST, LeNet, six starts, reduced size for a CPU: "
-            "6,000 training images, 4 epochs, 5 seeds",
+            "6,000 training images, 3 epochs, 5 seeds",
             train_size=6000,
-            validation_size=2000,
+            validation_size=1000,
             tuning_seeds=(100,),
             seeds=tuple(range(5)),
-            epochs=4,
+            epochs=3,
         ),
         _FULL,
     )
