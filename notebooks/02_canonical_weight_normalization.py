@@ -16,7 +16,8 @@
 #
 # **You need** `01_cp_decomposition`, and the chain rule.
 #
-# **Time, measured on two CPU cores:** 1.9 minutes, 0.3 in fast mode.
+# **Time, measured on two CPU cores:** 3.0 minutes, 0.6 in fast mode, beside other
+# programs.
 
 # %%
 import copy
@@ -259,7 +260,7 @@ plt.show()
 
 # %%
 data = cpnb.load_data("digits")
-EPOCHS = 4 if FAST else 15
+EPOCHS = 4 if FAST else 12
 PLAIN_SGD = {
     "optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0, "schedule": None,
     "batch_size": 64, "epochs": EPOCHS, "progress": False,
@@ -281,6 +282,7 @@ def column_lengths(lr, weight_decay=0.0):
     return torch.stack(seen)
 
 
+# %%
 lengths = {lr: column_lengths(lr) for lr in (0.03, 0.3)}
 for lr, values in lengths.items():
     smallest = (values[1:] - values[:-1]).min().item()
@@ -560,8 +562,8 @@ for part, symbol in {"scale": "σ", "lam": "λ", "factors": "columns"}.items():
 
 # %%
 RATES = [0.025, 0.1, 0.4] if FAST else [0.0125, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8]
-TUNING_SEEDS = [100] if FAST else [100, 101]
-FRESH_SEEDS = range(5) if FAST else range(10)
+TUNING_SEEDS = [100] if FAST else [100, 101, 102, 103]
+FRESH_SEEDS = range(5) if FAST else range(8)
 print(f"{len(RATES)} rates × {len(TUNING_SEEDS)} tuning seeds, {EPOCHS} epochs;")
 print(f"then n = {len(FRESH_SEEDS)} fresh seeds per method")
 
@@ -588,8 +590,9 @@ for index in trange(len(METHODS) * len(RATES), desc="tuning"):
 tuned = {method: torch.tensor(values) for method, values in tuned.items()}
 best = {m: RATES[int(values.mean(1).argmax())] for m, values in tuned.items()}
 for method, lr in best.items():
-    edge = " (at the edge of the grid)" if lr in (RATES[0], RATES[-1]) else ""
-    print(f"{METHODS[method]:26} learning rate {lr:g}{edge}")
+    edge = ", the edge of the grid" if lr in (RATES[0], RATES[-1]) else ""
+    worst = tuned[method][RATES.index(lr)].min()
+    print(f"{METHODS[method]:26} learning rate {lr:g}{edge}; worst seed {worst:.1%}")
 
 # %%
 OTHER_LOOK = {"color": "C2", "marker": "^"}  # a method outside the table of the library
@@ -609,7 +612,9 @@ plt.show()
 # %% [markdown]
 # **What to see:** means over the tuning seeds. The curves have their tops at different
 # rates, and they fall off at different places: a comparison at any single rate would
-# have crowned whichever method that rate suits.
+# have crowned whichever method that rate suits. Near such a cliff a few lucky tuning
+# seeds are not enough, because the next seed may fall off; that is why full mode tunes
+# with several seeds, and why the range over the fresh seeds is printed below.
 
 # %%
 races = {method: [] for method in METHODS}
@@ -685,6 +690,11 @@ print(
 # tuned on a coarse grid with few seeds; every method could gain from a finer search. At
 # the break-even rank the canonical network holds about as many parameters as the plain
 # one, so nothing here is compression; that is what `05_truncation` is about.
+#
+# One more thing a reader should know: the protocol was not fixed in advance. A first
+# run tuned with the seeds 100 and 101 only and chose the rate 0.4 for the power start,
+# at which about half of the fresh networks did not learn. After that we tuned with four
+# seeds. Set `TUNING_SEEDS = [100, 101]` in full mode to see it.
 #
 # ### Exercise 3: what σ does
 #
