@@ -6,8 +6,9 @@ Importing it loads torch and numpy only; what needs more loads it when first use
 from importlib import import_module
 from typing import Any
 
-from cpnb.als import als, bounded_als
+from cpnb.als import als
 from cpnb.base import CPLayer
+from cpnb.bounded import bounded_als
 from cpnb.checkpoints import load_weights, save_model
 from cpnb.conv import CPConv1d, CPConv2d, CPConv3d
 from cpnb.cp import (

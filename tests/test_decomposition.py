@@ -134,7 +134,7 @@ def test_als_is_at_least_as_good_as_tensorly():
 
 def test_als_recovers_every_component_of_a_low_rank_kernel():
     kernel, (lam, factors) = exact_kernel((9, 8, 3, 3), rank=4)
-    result = cpnb.als(kernel, 4, sweeps=500, ridge=0, tol=0, generator=seeded())
+    result = cpnb.als(kernel, 4, sweeps=500, damping=0, tol=0, generator=seeded())
     assert result.relative_error < 1e-6
     found_lam, found = cpnb.canonical_gauge(result.lam, result.factors)
     assert_close(found_lam, lam, rtol=1e-4, atol=0)
@@ -142,10 +142,50 @@ def test_als_recovers_every_component_of_a_low_rank_kernel():
         assert_close(f, expected, rtol=0, atol=1e-4)
 
 
-def test_als_without_ridge_never_raises_the_error():
+@pytest.mark.parametrize("damping", [0.0, 1e-3])
+def test_more_sweeps_never_give_a_worse_fit(damping):
+    """The best factors met are kept, also across extrapolations that went wrong."""
+    kernel = random_kernel((8, 6, 3, 3))
+
+    def goal(sweeps):
+        result = cpnb.als(
+            kernel, 20, sweeps=sweeps, damping=damping, tol=0, generator=seeded()
+        )
+        size = 4 * (result.lam / kernel.norm()).sqrt().sum().item()
+        return result.relative_error**2 * (1 + damping * size)
+
+    goals = [goal(n) for n in range(1, 40)]
+    # Balancing the norms at the end changes their sum a little: 1 % of the damping.
+    slack = 1 + 10 * damping
+    assert all(b <= a * slack + 1e-12 for a, b in itertools.pairwise(goals))
+    assert goals[-1] < 0.5 * goals[0]
+
+
+def test_als_extrapolates_to_a_better_fit_in_the_same_sweeps():
+    kernel = random_kernel((16, 8, 3, 3))
+    errors = [
+        cpnb.als(
+            kernel, 30, sweeps=20, extrapolate=extrapolate, generator=seeded()
+        ).relative_error
+        for extrapolate in (False, True)
+    ]
+    assert errors[1] < 0.95 * errors[0]
+
+
+def test_damping_keeps_components_small_at_almost_no_cost():
+    kernel = random_kernel((16, 8, 3, 3))
+    free = cpnb.als(kernel, 8, sweeps=200, damping=0, generator=seeded())
+    damped = cpnb.als(kernel, 8, sweeps=200, generator=seeded())
+    assert damped.info.degeneracy.energy < 0.5 * free.info.degeneracy.energy
+    assert damped.relative_error < 1.01 * free.relative_error
+
+
+def test_textbook_als_never_raises_the_error():
     kernel = random_kernel((8, 6, 3, 3))
     errors = [
-        cpnb.als(kernel, 6, sweeps=n, ridge=0, tol=0, generator=seeded()).relative_error
+        cpnb.als(
+            kernel, 6, sweeps=n, damping=0, tol=0, extrapolate=False, generator=seeded()
+        ).relative_error
         for n in range(1, 15)
     ]
     assert all(b <= a + 1e-12 for a, b in itertools.pairwise(errors))
@@ -155,8 +195,9 @@ def test_als_without_ridge_never_raises_the_error():
 def test_als_ridge_holds_lambda_down_on_a_degenerate_kernel():
     """The border-rank kernel aab + aba + baa has no best fit of rank 2."""
     kernel = border_rank_kernel()
-    free = cpnb.als(kernel, 2, sweeps=2000, ridge=0, tol=0, generator=seeded())
-    held = cpnb.als(kernel, 2, sweeps=2000, ridge=1e-2, tol=0, generator=seeded())
+    options = {"sweeps": 2000, "tol": 0, "generator": seeded()}
+    free = cpnb.als(kernel, 2, damping=0, **options)
+    held = cpnb.als(kernel, 2, ridge=1e-2, **options)
     assert free.relative_error < held.relative_error
     assert free.lam.max() > 3 * held.lam.max()
 
