@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cpnb._checks import check_kernel
@@ -182,8 +183,9 @@ def _greedy_terms(
     for _ in range(rank):
         if residual.norm() <= limit:
             break
-        starts = [random_units(n, restarts, generator, kernel) for n in kernel.shape]
-        lam, vectors = _rank_one(residual, starts, sweeps)
+        # Their length does not matter: each update normalises.
+        starts = random_units(sum(kernel.shape), restarts, generator, kernel)
+        lam, vectors = _rank_one(residual, list(starts.split(kernel.shape)), sweeps)
         outer = khatri_rao([v[:, None] for v in vectors[1:]] or [kernel.new_ones(1, 1)])
         residual.addr_(vectors[0], outer[:, 0], alpha=-lam.item())
         terms.append((lam, vectors))
@@ -194,6 +196,10 @@ def _greedy_terms(
         torch.stack(c, 1) if terms else kernel.new_zeros(n, 0)
         for c, n in zip(columns, kernel.shape, strict=True)
     ]
+
+
+def _unit(columns: Tensor) -> Tensor:
+    return F.normalize(columns, dim=0, eps=torch.finfo(columns.dtype).tiny)
 
 
 def _rank_one(
@@ -216,10 +222,10 @@ def _rank_one(
                 update = (left * khatri_rao(others[n + 1 :])).sum(1)
             else:
                 update = left[:, 0]
-            others[n] = update * inverse_norms([update])[0]
+            others[n] = _unit(update)
             contracted = (left * others[n][:, None]).sum(0)
         update = unfolded @ khatri_rao(others)
-        first = update * inverse_norms([update])[0]
+        first = _unit(update)
     lam = (update * first).sum(0)
     best = lam.argmax()
     return lam[best], [v[:, best] for v in (first, *others)]
