@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from cpnb.evaluation import (
     preserved_flags,
 )
 from cpnb.optimizers import build_optimizer
+from cpnb.randomness import seeded
 from cpnb.records import Run, provenance
 
 SCHEDULES = (None, "cosine")
@@ -60,9 +60,8 @@ def fit(
     order of the images and the dropout. Global random states are put back afterwards,
     and so is every submodule's ``training`` flag.
 
-    Ctrl-C stops the training and returns the run; a loss that is not finite ends it
-    too. In both cases the model keeps the weights of the last step, and the history
-    holds the completed epochs.
+    Ctrl-C, or a loss that is not finite, ends the training. The model then keeps the
+    weights of the last step, and the history holds the completed epochs.
 
     Args:
         model: Maps images ``(n, ...)`` to scores ``(n, classes)``. Trained on the
@@ -79,13 +78,11 @@ def fit(
         lr: Learning rate.
         momentum: Momentum of ``"sgd"``; the other optimizers have none.
         weight_decay: Weight decay.
-        schedule: ``"cosine"`` to anneal the learning rate to 0 over all steps, None
-            to keep it constant.
+        schedule: ``"cosine"`` anneals the learning rate to 0; None keeps it constant.
         seed: Seed of the image order and of dropout.
         channels_last: Store the colours of an image innermost, which convolution and
             pooling run faster on. Switch it off for a network that calls ``view``.
-        callback: Called as ``callback(epoch, model, record)`` after each epoch; its
-            result is ignored.
+        callback: Called as ``callback(epoch, model, record)`` after each epoch.
         progress: Show a text progress bar with images per second.
 
     Returns:
@@ -135,7 +132,7 @@ def fit(
     shuffle = torch.Generator().manual_seed(seed)
     with (
         _progress_bar(epochs * len(labels), progress) as bar,
-        _seeded(seed, labels.device),
+        seeded(seed, labels.device),
         preserved_flags(model),
     ):
         try:
@@ -224,19 +221,6 @@ def _progress_bar(total: int, progress: bool) -> Any:
     from tqdm import tqdm
 
     return tqdm(total=total, disable=not progress, unit=" images", mininterval=0.5)
-
-
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed the generators that dropout reads; put their states back on exit."""
-    # Not torch.manual_seed, which also seeds devices whose state is not put back.
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        torch.default_generator.manual_seed(seed)
-        if devices:
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
-        yield
 
 
 def _pairs(
