@@ -9,10 +9,17 @@ from torch import Tensor, nn
 
 from cpnb.conversion import convert_layer, stock_layer
 from cpnb.costs import ForwardCost, forward_cost
-from cpnb.cp import inverse_norms, normalize_columns, rebuild
-from cpnb.execution import KernelCache
+from cpnb.cp import inverse_norms, normalize_columns
+from cpnb.execution import KernelCache, build_kernel
 from cpnb.initializers import CPForm, dense_bias, resolve_init
-from cpnb.ranks import break_even_rank, resolve_rank
+from cpnb.ranks import (
+    ModelRule,
+    Rank,
+    adopt_rank,
+    break_even_rank,
+    cp_parameters,
+    resolve_rank,
+)
 
 FORWARD_MODES = ("auto", "dense", "chain")
 
@@ -36,7 +43,7 @@ class CPLayer(nn.Module):
         self,
         kernel_shape: Sequence[int],
         *,
-        rank: int | float | str,
+        rank: Rank,
         init: str | Callable[..., CPForm],
         forward_mode: str,
         signed: bool,
@@ -102,7 +109,7 @@ class CPLayer(nn.Module):
     def parameters_at(self, rank: int) -> int:
         """Parameters this layer holds at another rank, bias included."""
         bias = 0 if self.bias is None else self.bias.numel()
-        return rank * (sum(f.shape[0] for f in self.factors) + 1) + 1 + bias
+        return cp_parameters(self.kernel_shape, rank) + bias
 
     @property
     def forward_mode(self) -> str:
@@ -128,13 +135,7 @@ class CPLayer(nn.Module):
             A few lines of text.
         """
         shape = input.shape if isinstance(input, Tensor) else input
-        where = "one output position" if shape is None else f"input {tuple(shape)}"
-        step = "training step" if torch.is_grad_enabled() else "inference"
-        return (
-            f"{type(self).__name__} of rank {self.rank} (break-even "
-            f"{self.break_even_rank}), {where}, {step}:\n"
-            + self.cost(shape).describe(self.rank, self.forward_mode)
-        )
+        return self.cost(shape).describe(self, shape)
 
     def cost(self, shape: Sequence[int] | None) -> ForwardCost:
         """Estimated cost of both forwards for an input of this shape."""
@@ -162,7 +163,7 @@ class CPLayer(nn.Module):
         cls,
         layer: nn.Module,
         *,
-        rank: int | float | str,
+        rank: Rank | ModelRule,
         init: str | Callable[..., CPForm] = "power",
         generator: torch.Generator | None = None,
     ) -> Self:
@@ -213,16 +214,9 @@ class CPLayer(nn.Module):
         return [next(stored) if n > 1 else ones for n in self.kernel_shape]
 
     def _rebuild(self, channels_last: bool) -> Tensor:
-        lam, factors = self._folded_lam(), list(self.factors)
-        if not factors:
-            return lam.sum().view(self.kernel_shape)
-        if not channels_last:
-            return rebuild(lam, factors).view(self.kernel_shape)
-        out, channels, *size = self.kernel_shape
-        if channels > 1:  # its factor last: the product then is laid out channels_last
-            position = 1 if out > 1 else 0
-            factors.append(factors.pop(position))
-        return rebuild(lam, factors).view(out, *size, channels).movedim(-1, 1)
+        return build_kernel(
+            self._folded_lam(), list(self.factors), self.kernel_shape, channels_last
+        )
 
     def _kernel(self, channels_last: bool = False) -> Tensor:
         """The kernel for a forward pass; in eval mode kept between calls where safe."""
@@ -245,20 +239,7 @@ class CPLayer(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         """Adopt the rank of a checkpoint whose other sizes are those of this layer."""
-        lam = state_dict.get(f"{prefix}lam")
-        found = [
-            state_dict.get(f"{prefix}factors.{n}") for n in range(len(self.factors))
-        ]
-        if lam is not None and lam.ndim == 1 and lam.numel() not in (0, self.rank):
-            wanted = [(f.shape[0], lam.numel()) for f in self.factors]
-            if [None if f is None else tuple(f.shape) for f in found] == wanted:
-                self._resize(lam.numel())
-        elif lam is None and f"{prefix}weight" in state_dict:
-            args[-1].append(
-                f"{prefix or 'this layer'} is a {type(self).__name__}, but the "
-                "checkpoint holds a dense weight for it. Load it into the dense model, "
-                "then call cpnb.canonicalize."
-            )
+        adopt_rank(self, state_dict, prefix, args[-1])
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __repr__(self) -> str:

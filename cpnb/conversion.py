@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from cpnb._checks import check_kernel
 from cpnb.initializers import CPForm, resolve_init
+from cpnb.ranks import ModelRule, Rank, resolve_rank
 
 if TYPE_CHECKING:
     from cpnb.base import CPLayer
@@ -41,7 +42,7 @@ def convert_layer(
     kind: type["CPLayer"],
     layer: nn.Module,
     *,
-    rank: int | float | str,
+    rank: Rank | ModelRule,
     init: str | Callable[..., CPForm],
     generator: torch.Generator | None,
 ) -> "CPLayer":
@@ -53,9 +54,13 @@ def convert_layer(
         raise TypeError(f"layer is a {type(layer).__name__}: {reason}.")
     check_kernel(layer.weight, "layer.weight")
     start = resolve_init(init)
+    if isinstance(rank, ModelRule):
+        rank = rank.counts(layer, [""])[""]
+    # As the fits see it: without modes of size 1.
+    kernel = layer.weight.reshape([n for n in layer.weight.shape if n > 1] or [1])
     new = kind(
         *kind._arguments(layer),
-        rank=rank,
+        rank=resolve_rank(rank, kernel.shape, kernel, generator=generator),
         init=functools.partial(start, weight=layer.weight),
         device=layer.weight.device,
         dtype=layer.weight.dtype,

@@ -3,6 +3,9 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import torch
 
 # Moving one chain element through memory (16 bytes) costs as much time as this many
 # floating-point operations: 180 GFLOP/s against 10 GB/s on the x86-64 cores it was
@@ -30,12 +33,16 @@ class ForwardCost:
         """The cheaper of ``"dense"`` and ``"chain"``."""
         return "chain" if self.chain < self.dense + self.rebuild else "dense"
 
-    def describe(self, rank: int, forward_mode: str) -> str:
-        """Put the choice and its reasons into words, for a layer of this rank."""
-        slope = (self.chain - self.rebuild) / rank
+    def describe(self, layer: Any, shape: Sequence[int] | None) -> str:
+        """Put the choice of a CP layer and its reasons into words."""
+        where = "one output position" if shape is None else f"input {tuple(shape)}"
+        step = "training step" if torch.is_grad_enabled() else "inference"
+        slope = (self.chain - self.rebuild) / layer.rank
         limit = f"below rank {self.dense / slope:.0f}" if slope > 0 else "at every rank"
         return (
-            f"  auto takes {self.mode!r} (forward_mode is {forward_mode!r})\n"
+            f"{type(layer).__name__} of rank {layer.rank} (break-even "
+            f"{layer.break_even_rank}), {where}, {step}:\n"
+            f"  auto takes {self.mode!r} (forward_mode is {layer.forward_mode!r})\n"
             f"  dense {self.dense:.3g} FLOPs, plus {self.rebuild:.3g} to rebuild the "
             "kernel\n"
             f"  chain {self.chain:.3g} FLOPs, memory traffic counted as FLOPs\n"

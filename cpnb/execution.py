@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cpnb.cp import khatri_rao
+from cpnb.cp import khatri_rao, rebuild
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -53,6 +53,31 @@ class KernelCache:
 
 def _same(value: Tensor, parameter: Tensor) -> bool:
     return value.dtype == parameter.dtype and torch.equal(value, parameter)
+
+
+def build_kernel(
+    lam: Tensor, factors: Sequence[Tensor], shape: Sequence[int], channels_last: bool
+) -> Tensor:
+    """Rebuild the kernel of a layer, for the memory layout of its input.
+
+    Args:
+        lam: Component weights with every scale folded in. Shape ``(rank,)``.
+        factors: One per mode of size > 1. Shapes ``(size_n, rank)``.
+        shape: Of the kernel.
+        channels_last: Whether the channels are to run fastest.
+
+    Returns:
+        Shape ``shape``.
+    """
+    if not factors:
+        return lam.sum().view(shape)
+    if not channels_last:
+        return rebuild(lam, factors).view(shape)
+    out, channels, *size = shape
+    if channels > 1:  # its factor last: the product then is laid out channels_last
+        channel = 1 if out > 1 else 0
+        factors = [*factors[:channel], *factors[channel + 1 :], factors[channel]]
+    return rebuild(lam, factors).view(out, *size, channels).movedim(-1, 1)
 
 
 def conv_chain(

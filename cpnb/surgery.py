@@ -11,6 +11,7 @@ from cpnb.conv import CPConv1d, CPConv2d, CPConv3d
 from cpnb.conversion import convert_layer, is_weighted, refusal
 from cpnb.initializers import CPForm
 from cpnb.linear import CPLinear
+from cpnb.ranks import ModelRule, Rank
 
 Skip = str | Iterable[str] | Callable[[str, nn.Module], bool]
 _KINDS = {kind._stock: kind for kind in (CPConv1d, CPConv2d, CPConv3d, CPLinear)}
@@ -19,7 +20,7 @@ _KINDS = {kind._stock: kind for kind in (CPConv1d, CPConv2d, CPConv3d, CPLinear)
 def from_layer(
     layer: nn.Module,
     *,
-    rank: int | float | str,
+    rank: Rank | ModelRule,
     init: str | Callable[..., CPForm] = "power",
     generator: torch.Generator | None = None,
 ) -> CPLayer:
@@ -30,7 +31,8 @@ def from_layer(
 
     Args:
         layer: An `nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d` or `nn.Linear`.
-        rank: As in `CPConv2d`.
+        rank: As in `CPConv2d`, or a rule such as ``FitRank(0.1)`` or
+            ``ParameterRatio(0.3)``.
         init: ``"power"`` or ``"als"`` fit the layer's kernel; the random starts keep
             only its shape.
         generator: Source of randomness; torch's default one if None.
@@ -53,7 +55,7 @@ def from_layer(
 def canonicalize(
     model: nn.Module,
     *,
-    rank: int | float | str | Mapping[str, int | float | str] = "same",
+    rank: Rank | ModelRule | Mapping[str, Rank | ModelRule] = "same",
     init: str | Callable[..., CPForm] = "unified",
     skip: Skip = (),
     generator: torch.Generator | None = None,
@@ -64,7 +66,9 @@ def canonicalize(
 
     Args:
         model: Any module; also a single layer.
-        rank: As in `CPConv2d`, for every layer, or a mapping from each layer's name.
+        rank: As in `from_layer`, for every layer, or a mapping from each layer's name.
+            A budget such as ``ParameterRatio(0.3)`` or ``FlopRatio(0.3, shape)`` is
+            that of the whole model, within a mapping that of one layer.
         init: ``"power"`` or ``"als"`` fit the present kernels; the random starts, as
             for a network trained from scratch, keep only their shapes.
         skip: Names of layers to leave alone, or a predicate ``(name, layer) -> bool``.
@@ -106,7 +110,7 @@ def canonicalize(
                 f"layer {name!r} is a {type(layer).__name__}: {reason}. To leave it "
                 f"alone, pass skip=({name!r},)."
             )
-    ranks = _ranks_by_name(rank, names)
+    ranks = _ranks_by_name(rank, model, names)
     converted = {
         name: from_layer(
             model.get_submodule(name), rank=ranks[name], init=init, generator=generator
@@ -191,8 +195,12 @@ def _refuse_tied(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def _ranks_by_name(
-    rank: int | float | str | Mapping[str, int | float | str], names: list[str]
-) -> dict[str, int | float | str]:
+    rank: Rank | ModelRule | Mapping[str, Rank | ModelRule],
+    model: nn.Module,
+    names: list[str],
+) -> dict[str, Rank | ModelRule]:
+    if isinstance(rank, ModelRule):
+        return dict(rank.counts(model, names)) if names else {}
     if not isinstance(rank, Mapping):
         return dict.fromkeys(names, rank)
     if set(rank) != set(names):
