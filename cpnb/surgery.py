@@ -90,7 +90,7 @@ def canonicalize(
       (2): Linear(in_features=8, out_features=2, bias=True)
     )
     """
-    skipped = _skip_rule(model, skip)
+    skipped = skip_rule(model, skip)
     names = [
         name
         for name, layer in model.named_modules()
@@ -101,7 +101,7 @@ def canonicalize(
             f"model is a {type(model).__name__} with no convolution or linear layer to "
             "convert. Check the model and skip."
         )
-    _refuse_tied(model, names)
+    refuse_tied(model, names)
     for name in names:
         layer = model.get_submodule(name)
         reason = refusal(layer)
@@ -167,7 +167,8 @@ def replace_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Modu
     return copy.deepcopy(model, memo)
 
 
-def _skip_rule(model: nn.Module, skip: Skip) -> Callable[[str, nn.Module], bool]:
+def skip_rule(model: nn.Module, skip: Skip) -> Callable[[str, nn.Module], bool]:
+    """Turn names to skip into a predicate; refuse names that are no layer."""
     if callable(skip):
         return skip
     names = {skip} if isinstance(skip, str) else set(skip)
@@ -179,7 +180,8 @@ def _skip_rule(model: nn.Module, skip: Skip) -> Callable[[str, nn.Module], bool]
     return lambda name, layer: name in names
 
 
-def _refuse_tied(model: nn.Module, names: Iterable[str]) -> None:
+def refuse_tied(model: nn.Module, names: Iterable[str]) -> None:
+    """Refuse to convert layers that share a parameter with another one."""
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
