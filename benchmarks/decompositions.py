@@ -3,8 +3,8 @@
 ``python benchmarks/decompositions.py`` takes about 20 minutes on one core, with
 ``--quick`` about one. Each kernel is decomposed by both, in turns, on one thread and
 under the same allocator. "time to equal fit" is the peer's time over that of the
-shortest of our fits (`als` from any of its starts) whose error is at most the
-peer's; "error at equal time" is our error over the peer's in the time it took. ``--tuned``
+shortest of our fits (`als` from any of its starts) whose error is at most the peer's;
+"error at equal time" is our error over the peer's in the time it took. ``--tuned``
 repeats it in a process whose C library keeps large blocks, which favours TensorLy.
 """
 

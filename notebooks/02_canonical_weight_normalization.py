@@ -562,8 +562,8 @@ for part, symbol in {"scale": "σ", "lam": "λ", "factors": "columns"}.items():
 
 # %%
 RATES = [0.025, 0.1, 0.4] if FAST else [0.0125, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8]
-TUNING_SEEDS = [100] if FAST else [100, 101, 102, 103]
-FRESH_SEEDS = range(5) if FAST else range(8)
+TUNING_SEEDS = [300] if FAST else [300, 301, 302, 303]
+FRESH_SEEDS = range(200, 205) if FAST else range(200, 210)
 print(f"{len(RATES)} rates × {len(TUNING_SEEDS)} tuning seeds, {EPOCHS} epochs;")
 print(f"then n = {len(FRESH_SEEDS)} fresh seeds per method")
 
@@ -691,11 +691,12 @@ print(
 # the break-even rank the canonical network holds about as many parameters as the plain
 # one, so nothing here is compression; that is what `05_truncation` is about.
 #
-# One more thing a reader should know: the protocol was not fixed in advance. Earlier
-# runs, with other rates and numbers of epochs, tuned with the seeds 100 and 101 only.
-# The last of them, with the rates and epochs above, chose 0.4 for the power start, a
-# rate at which about half of ten fresh networks did not learn. After that we tuned with
-# four seeds. Set `TUNING_SEEDS = [100, 101]` in full mode to see that choice.
+# One more thing a reader should know: how the rules came about. Trial runs with the
+# seeds 0 to 9 and 100 to 103 settled the grid of rates, the number of epochs and that
+# two tuning seeds are too few: they chose 0.4 for the power start, a rate at which
+# about half of ten fresh networks did not learn. The trials had shown us test
+# accuracies, so their seeds were dropped: the rules were fixed, and the seeds above
+# were run once.
 #
 # ### Exercise 3: what σ does
 #
