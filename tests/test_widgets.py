@@ -7,6 +7,7 @@ import io
 import re
 import threading
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -298,6 +299,16 @@ def test_explorer_is_a_picture_and_text_for_pages_without_a_kernel(explore, swee
     assert pixels(explorer.image.value).shape == (320, 1000, 3)
     for line in words(explorer).split("\n")[1:-1]:
         assert line in bundle["text/plain"]
+
+
+def test_explorer_looks_the_same_in_any_style_of_the_notebook(explore, sweep):
+    from cpnb import plots
+
+    before = explore(sweep).image.value
+    with matplotlib.rc_context():
+        plots.use_style()
+        styled = explore(sweep).image.value
+    assert styled == before
 
 
 def test_explorer_controls_are_labelled_and_wide_enough(explore, sweep):

@@ -6,6 +6,7 @@ import io
 import threading
 
 import numpy as np
+from matplotlib import style
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
@@ -36,10 +37,14 @@ class ExplorerFigure:
     """
 
     def __init__(self) -> None:
-        """Make the panels."""
+        """Make the panels, in a look that the notebook's own style does not change."""
         self._lock = threading.Lock()
         self._scene: tuple[object, ...] | None = None
         self._pixels = None
+        with style.context("default"):
+            self._make_panels()
+
+    def _make_panels(self) -> None:
         self.figure = Figure(SIZE, dpi=DPI, facecolor="white")
         self._canvas = FigureCanvasAgg(self.figure)
         panels = self.figure.subplots(1, 3, width_ratios=[1.5, 1, 1])
