@@ -39,6 +39,9 @@ __version__ = "0.1.0"
 
 # Pictures and widgets bring matplotlib and ipywidgets with them: loaded when asked for.
 _LAZY = {
+    "DegeneracyExplorer": lambda: (
+        import_module("cpnb._explorer.degeneracy").DegeneracyExplorer
+    ),
     "RankExplorer": lambda: import_module("cpnb.widgets").RankExplorer,
     "plots": lambda: import_module("cpnb.plots"),
 }
@@ -53,6 +56,7 @@ __all__ = [
     "CPResult",
     "Dataset",
     "DecompositionInfo",
+    "DegeneracyExplorer",
     "DigitsNet",
     "LeNet",
     "RankExplorer",
