@@ -240,14 +240,7 @@ class RankSweep:
         return sweep
 
     def check_model(self, model: nn.Module) -> None:
-        """Refuse a network other than the one the table was measured on.
-
-        Args:
-            model: The untruncated network.
-
-        Raises:
-            ValueError: If layers, ranks or weights differ.
-        """
+        """Raise ValueError unless ``model`` is the network that was measured."""
         check_network(model, self.ranks, self.fingerprint)
 
     def _key(self, ranks: Mapping[str, int]) -> tuple[int, ...]:
