@@ -97,7 +97,9 @@ def degeneracy(lam: Tensor, factors: Sequence[Tensor]) -> Degeneracy:
     >>> found.degenerate, round(found.worst_cancellation, 3), round(found.lam_max, 1)
     (True, -0.985, 5.8)
     """
-    check_cp(lam, factors) if len(factors) else check_floating(lam, "lam")
+    check_floating(lam, "lam")
+    if len(factors):
+        check_cp(lam, factors)
     lam = lam.detach().double()
     modes = [factor.detach().double() for factor in factors]
     # A mode of size 1 is a number per component: it has no direction and no factor.
