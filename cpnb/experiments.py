@@ -179,8 +179,8 @@ def _cell_line(cell: dict[str, Any]) -> str:
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command; its words are in the module's docstring."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command, whose words are in the module's docstring; its exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m cpnb.experiments", description=__doc__.splitlines()[0]
     )
@@ -199,25 +199,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.command == "list":
         for experiment in EXPERIMENTS.values():
             print(f"{experiment.name}: {experiment.title}")
-        return
+        return 0
     if options.command == "run":
-        with ProcessPoolExecutor(
-            options.processes,
-            mp_context=get_context("spawn"),
-            initializer=torch.set_num_threads,
-            initargs=(1,),
-        ) as pool:
-            run_experiment(
-                EXPERIMENTS[options.name],
-                options.results,
-                device=options.device,
-                executor=pool,
-                report=lambda line: print(line, flush=True),
-            )
+        try:
+            _run_in_processes(EXPERIMENTS[options.name], options)
+        except KeyboardInterrupt:
+            print("stopped; the same command goes on with the next cell")
+            return 130
     text = status_text(options.results)
     if options.command == "run" or options.write:
         (options.results / "README.md").write_text(text, encoding="utf-8")
     print(text)
+    return 0
+
+
+def _run_in_processes(experiment: Experiment, options: argparse.Namespace) -> None:
+    with ProcessPoolExecutor(
+        options.processes,
+        mp_context=get_context("spawn"),
+        initializer=torch.set_num_threads,
+        initargs=(1,),
+    ) as pool:
+        run_experiment(
+            experiment,
+            options.results,
+            device=options.device,
+            executor=pool,
+            report=lambda line: print(line, flush=True),
+        )
 
 
 if __name__ == "__main__":
