@@ -405,7 +405,8 @@ for ax in (left, right):
 plt.show()
 
 # %% [markdown]
-# **What to see:** left, each layer crosses 1 at its break-even rank: there is no
+# **What to see:** left, each layer reaches 1 at its break-even rank or, for the small
+# ones, a component before it (rounding, and σ): there is no
 # compression to the right of it, whatever the number of components dropped. Right, for
 # the same number of parameters, leaving the two small layers alone is far better than
 # cutting everything alike: a larger effect than any choice of key in section 3.
