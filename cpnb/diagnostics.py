@@ -4,7 +4,6 @@ Everything is computed from the Gram matrix of the components, in float64; the k
 never built, so that the meter is cheap enough to run during training.
 """
 
-import html
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from cpnb._checks import check_cp, check_floating
+from cpnb._tables import html_table, text_table
 from cpnb.cp import component_gram, normalize_columns
 
 # Dropping each component with probability ½ changes the kernel by (1 + energy)/4 of
 # ‖W‖² on average. Above 3 that is worse than the zero kernel: cutting is meaningless.
+# For two equal components it is a cosine below −2/3.
 ENERGY_LIMIT = 3.0
 # Half precision's rounding, which inference is known to tolerate: Σ|λ| ≤ 4096·‖W‖.
 FLOAT32_LIMIT = 2.0**-11
@@ -57,7 +58,11 @@ class Degeneracy:
 
     @property
     def degenerate(self) -> bool:
-        """Whether energy is above `ENERGY_LIMIT`, or something is not finite."""
+        """Whether energy is above `ENERGY_LIMIT`, or something is not finite.
+
+        So are close ALS fits of random kernels (energy 6 at break-even): their
+        components are right together, but order and cuts by |λ| mean nothing.
+        """
         return not self.energy <= ENERGY_LIMIT
 
     @property
@@ -166,19 +171,10 @@ class DegeneracyReport:
     def __str__(self) -> str:
         """A table in plain text."""
         cells = _cells(self)
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        return "\n".join(
-            "  ".join(
-                cell.ljust(width) if n in (0, len(row) - 1) else cell.rjust(width)
-                for n, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in cells
-        )
+        return text_table(cells, left=(0, len(cells[0]) - 1))
 
     def _repr_html_(self) -> str:
-        head, *body = _cells(self)
-        rows = "".join(f"<tr>{_tags('td', row)}</tr>" for row in body)
-        return f"<table><tr>{_tags('th', head)}</tr>{rows}</table>"
+        return html_table(_cells(self))
 
 
 def degeneracy_report(
@@ -234,11 +230,13 @@ def _cells(report: DegeneracyReport) -> list[list[str]]:
         cosines = [found.worst_cosine, found.worst_cancellation]
         rest = [found.sensitivity, found.float32_error]
         table.append(
-            [name, str(found.rank)]
-            + [f"{value:.3g}" for value in numbers]
-            + [f"{value:.3f}" for value in cosines]
-            + [f"{value:.2g}" for value in rest]
-            + [_verdict(found)]
+            [
+                *(name, str(found.rank)),
+                *(f"{value:.3g}" for value in numbers),
+                *(f"{value:.3f}" for value in cosines),
+                *(f"{value:.2g}" for value in rest),
+                _verdict(found),
+            ]
         )
     return table
 
@@ -252,7 +250,3 @@ def _verdict(found: Degeneracy) -> str:
     if not found.float32_safe:
         faults.append("unsafe in float32")
     return ", ".join(faults) or "healthy"
-
-
-def _tags(tag: str, cells: list[str]) -> str:
-    return "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)

@@ -29,8 +29,8 @@ def tai_decompose(conv: nn.Conv2d, rank: Rank) -> nn.Sequential:
         conv: The convolution, of any kernel size.
         rank: An int up to the full rank ``min(in·height, out·width)`` of one group; a
             float in (0, 1] as fraction of the rank with as many weights as the dense
-            kernel, or ``"same"`` for that rank (or the full one, if less); or a rule
-            such as ``FitRank(0.1)``, here on the singular values.
+            kernel, or ``"same"`` for that rank; or a rule such as
+            ``FitRank(0.1)``, here on the singular values.
 
     Returns:
         The two convolutions, of the same dtype, device and training flag.
@@ -143,9 +143,8 @@ def _matrix_rank(rank: Rank, matrices: Tensor) -> int:
         return max(rank.count(matrix) for matrix in matrices)
     if isinstance(rank, float | str):
         resolve_rank(rank, (rows, columns))  # refuses what is no rank
-        even = math.ceil(rows * columns / (rows + columns))
-        share = rank if isinstance(rank, float) else 1.0
-        return min(full, max(1, round(share * even)))
+        even = math.ceil(rows * columns / (rows + columns))  # at most the full rank
+        return max(1, round((rank if isinstance(rank, float) else 1.0) * even))
     count = resolve_rank(rank, (rows, columns))
     if count > full:
         raise ValueError(

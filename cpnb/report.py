@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from cpnb._tables import html_table, text_table
 from cpnb.cp import relative_error
 from cpnb.evaluation import accuracy, images_and_labels
 from cpnb.surgery import cp_layers, to_dense
@@ -86,22 +87,11 @@ class TruncationReport:
 
     def __str__(self) -> str:
         """A table in plain text."""
-        cells = _cells(self)
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines = [
-            "  ".join(
-                cell.ljust(width) if n == 0 else cell.rjust(width)
-                for n, (cell, width) in enumerate(zip(row, widths, strict=True))
-            )
-            for row in cells
-        ]
-        return "\n".join([*lines, *_notes(self)])
+        return "\n".join([text_table(_cells(self)), *_notes(self)])
 
     def _repr_html_(self) -> str:
-        head, *body = _cells(self)
-        rows = "".join(f"<tr>{_tags('td', row)}</tr>" for row in body)
         notes = "<br>".join(map(html.escape, _notes(self)))
-        return f"<table><tr>{_tags('th', head)}</tr>{rows}</table><p>{notes}</p>"
+        return f"{html_table(_cells(self))}<p>{notes}</p>"
 
 
 def truncation_report(
@@ -237,7 +227,3 @@ def _notes(report: TruncationReport) -> list[str]:
         f"FLOPs per image: dense {report.dense_flops:,}, truncated as chains "
         f"{report.chain_flops:,} ({report.chain_flops / report.dense_flops:.1%})",
     ]
-
-
-def _tags(tag: str, cells: list[str]) -> str:
-    return "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)

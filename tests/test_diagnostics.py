@@ -150,6 +150,17 @@ def test_components_that_add_up_are_no_cancellation():
     assert opposed.degenerate
 
 
+@pytest.mark.parametrize("cosine", [-0.66, -0.67, -0.9])
+def test_equal_pair_is_degenerate_beyond_the_cosine_the_limit_stands_for(cosine):
+    rest = math.sqrt(1 - cosine**2)
+    turned = torch.tensor([[1.0, cosine], [0.0, rest]], dtype=torch.float64)
+    same = torch.ones(1, 2, dtype=torch.float64)
+    found = degeneracy(torch.ones(2, dtype=torch.float64), [turned, same])
+    assert found.worst_cancellation == pytest.approx(cosine)
+    assert found.energy == pytest.approx(1 / (1 + cosine))
+    assert found.degenerate == (cosine < 1 / ENERGY_LIMIT - 1)
+
+
 def test_degeneracy_does_not_depend_on_gauge_scale_or_order():
     lam, factors = random_cp((5, 4, 3), 6)
     expected = degeneracy(lam, factors).to_row()
