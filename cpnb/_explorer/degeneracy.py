@@ -10,6 +10,7 @@ from typing import Any
 
 import ipywidgets
 import numpy as np
+from matplotlib import style
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MultipleLocator, NullFormatter
@@ -38,7 +39,11 @@ class DegeneracyFigure:
     """
 
     def __init__(self, max_rank: int) -> None:
-        """Make the panels."""
+        """Make the panels, in a look that the notebook's own style does not change."""
+        with style.context("default"):
+            self._make_panels(max_rank)
+
+    def _make_panels(self, max_rank: int) -> None:
         self.figure = Figure((10.0, 3.2), dpi=100, facecolor="white")
         self._canvas = FigureCanvasAgg(self.figure)
         left, right = self.figure.subplots(1, 2)

@@ -71,7 +71,7 @@ def degeneracy_point(kernel: Tensor, rank: int, ridge: float) -> DegeneracyPoint
 def status_lines(point: DegeneracyPoint) -> list[str]:
     """The numbers in words, not escaped for HTML."""
     meter, half = point.degeneracy, max(1, point.rank // 2)
-    verdict = "degenerate" if meter.degenerate else "healthy"
+    verdict = "degenerate" if meter.degenerate else "not degenerate"
     return [
         f"Rank {point.rank}, ridge {point.ridge:.2g}: relative error "
         f"{point.relative_error:.3f}.",
