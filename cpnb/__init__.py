@@ -9,6 +9,7 @@ from typing import Any
 from cpnb.als import als
 from cpnb.base import CPLayer
 from cpnb.bounded import bounded_als
+from cpnb.budgets import FlopRatio, ParameterRatio
 from cpnb.checkpoints import load_weights, save_model
 from cpnb.conv import CPConv1d, CPConv2d, CPConv3d
 from cpnb.cp import (
@@ -23,12 +24,20 @@ from cpnb.cp import (
 from cpnb.data import Dataset, load_data
 from cpnb.data_aware import data_aware, data_aware_als, input_covariance
 from cpnb.decomposition import CPResult, DecompositionInfo, power_method
+from cpnb.diagnostics import (
+    Degeneracy,
+    DegeneracyReport,
+    degeneracy,
+    degeneracy_report,
+)
 from cpnb.evaluation import accuracy, evaluate
 from cpnb.initializers import INITIALIZERS, gaussian, unified, uniform
 from cpnb.linear import CPLinear
+from cpnb.lowrank import tai, tai_decompose
 from cpnb.models import DigitsNet, LeNet
 from cpnb.ranks import break_even_rank, resolve_rank
 from cpnb.report import TruncationReport, truncation_report
+from cpnb.rules import EffectiveRank, EnergyRank, FitRank
 from cpnb.surgery import canonicalize, cp_layers, from_layer, to_dense
 from cpnb.sweep import RankSweep, rank_sweep
 from cpnb.training import Run, fast_mode, fit
@@ -56,9 +65,16 @@ __all__ = [
     "CPResult",
     "Dataset",
     "DecompositionInfo",
+    "Degeneracy",
     "DegeneracyExplorer",
+    "DegeneracyReport",
     "DigitsNet",
+    "EffectiveRank",
+    "EnergyRank",
+    "FitRank",
+    "FlopRatio",
     "LeNet",
+    "ParameterRatio",
     "RankExplorer",
     "RankSweep",
     "Run",
@@ -76,6 +92,8 @@ __all__ = [
     "cp_to_kernel",
     "data_aware",
     "data_aware_als",
+    "degeneracy",
+    "degeneracy_report",
     "evaluate",
     "fast_mode",
     "fit",
@@ -94,6 +112,8 @@ __all__ = [
     "resolve_rank",
     "save_model",
     "select_components",
+    "tai",
+    "tai_decompose",
     "to_dense",
     "truncate",
     "truncation_report",

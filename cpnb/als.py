@@ -10,14 +10,14 @@ from torch import Tensor
 from cpnb._checks import check_kernel
 from cpnb.cp import khatri_rao, normalize_columns
 from cpnb.decomposition import CPResult, decomposed, power_method, random_units
-from cpnb.ranks import resolve_rank
+from cpnb.ranks import Rank, resolve_rank
 
 STARTS = ("greedy", "svd", "random")
 
 
 def als(
     kernel: Tensor,
-    rank: int | float | str,
+    rank: Rank,
     *,
     sweeps: int = 50,
     damping: float = 1e-3,
@@ -63,7 +63,7 @@ def als(
     restarts in the manner of Ang, Cohen, Hien & Gillis 2020, arXiv:2001.04321.
     """
     rank = check_fit_options(
-        kernel, rank, sweeps=sweeps, damping=damping, ridge=ridge, tol=tol
+        kernel, rank, generator, sweeps=sweeps, damping=damping, ridge=ridge, tol=tol
     )
     if start not in STARTS:
         raise ValueError(f"start is {start!r}, expected one of {STARTS}.")
@@ -91,14 +91,16 @@ def als(
     )
 
 
-def check_fit_options(kernel: Tensor, rank: int | float | str, **numbers: float) -> int:
+def check_fit_options(
+    kernel: Tensor, rank: Rank, generator: torch.Generator | None, **numbers: float
+) -> int:
     """Check what every iterative fit takes; returns the rank as an int."""
     check_kernel(kernel)
     for name, value in numbers.items():
         least = 1 if name == "sweeps" else 0
         if not value >= least:
             raise ValueError(f"{name} is {value}, expected at least {least}.")
-    return resolve_rank(rank, kernel.shape)
+    return resolve_rank(rank, kernel.shape, kernel, generator=generator)
 
 
 def _start(

@@ -8,11 +8,12 @@ from torch import Tensor
 from cpnb.als import als, check_fit_options
 from cpnb.cp import component_gram, khatri_rao, normalize_columns
 from cpnb.decomposition import CPResult, decomposed
+from cpnb.ranks import Rank
 
 
 def bounded_als(
     kernel: Tensor,
-    rank: int | float | str,
+    rank: Rank,
     *,
     max_error: float | None = None,
     sweeps: int = 100,
@@ -45,7 +46,7 @@ def bounded_als(
     Source: Phan et al. 2020, arXiv:2008.05441 (error-preserving correction); the update
     is re-derived as a ridge whose weight meets the bound.
     """
-    rank = check_fit_options(kernel, rank, sweeps=sweeps, tol=tol)
+    rank = check_fit_options(kernel, rank, generator, sweeps=sweeps, tol=tol)
     if max_error is not None and not 0 <= max_error < 1:
         raise ValueError(
             f"max_error is {max_error}, expected a relative error in [0, 1)."

@@ -13,7 +13,7 @@ from cpnb.als import als
 from cpnb.cp import khatri_rao, normalize_columns, rebuild
 from cpnb.decomposition import CPResult, decomposed
 from cpnb.initializers import CPForm
-from cpnb.ranks import resolve_rank
+from cpnb.ranks import Rank, resolve_rank
 
 
 def input_covariance(layer: nn.Module, inputs: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ def input_covariance(layer: nn.Module, inputs: Tensor) -> Tensor:
 
 def data_aware_als(
     kernel: Tensor,
-    rank: int | float | str,
+    rank: Rank,
     covariance: Tensor,
     *,
     sweeps: int = 20,
@@ -83,7 +83,7 @@ def data_aware_als(
     """
     check_kernel(kernel)
     check_kernel(covariance, "covariance")
-    rank = resolve_rank(rank, kernel.shape)
+    rank = resolve_rank(rank, kernel.shape, kernel, generator=generator)
     fan_in = kernel[0].numel()
     if kernel.ndim < 2 or covariance.shape != (fan_in, fan_in):
         raise ValueError(

@@ -20,7 +20,7 @@ from cpnb.cp import (
     relative_error,
 )
 from cpnb.diagnostics import Degeneracy, degeneracy
-from cpnb.ranks import resolve_rank
+from cpnb.ranks import Rank, resolve_rank
 
 _EXHAUSTED = 1e-14  # a residual below this fraction of ‖W‖ is rounding, not signal
 
@@ -78,7 +78,7 @@ class CPResult:
 
 def power_method(
     kernel: Tensor,
-    rank: int | float | str,
+    rank: Rank,
     *,
     restarts: int = 10,
     sweeps: int = 10,
@@ -111,7 +111,7 @@ def power_method(
     10 restarts of 10 sweeps).
     """
     check_kernel(kernel)
-    rank = resolve_rank(rank, kernel.shape)
+    rank = resolve_rank(rank, kernel.shape, kernel, generator=generator)
     for name, value in (("restarts", restarts), ("sweeps", sweeps)):
         if value < 1:
             raise ValueError(f"{name} is {value}, expected at least 1.")

@@ -52,7 +52,7 @@ class LayerReport:
         }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TruncationReport:
     """Per layer and in total: components, parameters, error, accuracy, FLOPs.
 
@@ -85,7 +85,7 @@ class TruncationReport:
         }
         return [*(row.to_row() for row in self.rows), self.total.to_row() | measured]
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         """A table in plain text."""
         return "\n".join([text_table(_cells(self)), *_notes(self)])
 

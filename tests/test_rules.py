@@ -188,3 +188,16 @@ def test_rules_compare_print_and_copy_as_values():
     assert {FitRank(0.1): 1}[FitRank(0.1)] == 1
     with pytest.raises(AttributeError):
         FitRank(0.1).error = 0.2
+
+
+@pytest.mark.parametrize("method", [cpnb.power_method, cpnb.als, cpnb.bounded_als])
+def test_decompositions_take_a_rule_as_their_rank(method):
+    kernel = torch.randn(8, 6, 3, 3, generator=torch.Generator().manual_seed(0))
+    result = method(
+        kernel, cpnb.FitRank(0.6), generator=torch.Generator().manual_seed(1)
+    )
+    greedy = cpnb.power_method(
+        kernel, result.lam.numel(), generator=torch.Generator().manual_seed(1)
+    )
+    assert greedy.relative_error <= 0.6
+    assert result.relative_error <= 0.6
