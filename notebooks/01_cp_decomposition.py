@@ -9,13 +9,14 @@
 # **After this notebook you can**
 #
 # 1. build a tensor from outer products by hand, and say how many numbers that saves;
-# 2. compute a decomposition with the power method and read its error off its weights;
-# 3. recognise a *degenerate* decomposition: a small error made of huge, cancelling
-#    pieces.
+# 2. compute a decomposition with the power method and with alternating least squares,
+#    and say which of the two can be cut to fewer pieces;
+# 3. recognise a *degenerate* decomposition, a small error made of huge, cancelling
+#    pieces, and know what to do about it.
 #
 # **You need** matrices and vectors, a little Python, and no knowledge of tensors.
 #
-# **Time, measured on two CPU cores:** 0.3 minutes, 0.2 in fast mode.
+# **Time, measured on two CPU cores:** 0.9 minutes, 0.5 in fast mode.
 
 # %%
 import matplotlib.pyplot as plt
@@ -23,6 +24,7 @@ import torch
 
 import cpnb
 from cpnb import plots
+from cpnb.diagnostics import DegeneracyReport, degeneracy
 
 plots.use_style()
 torch.set_num_threads(1)  # small tensors: a second thread mostly waits for the first
@@ -447,12 +449,233 @@ check(
 )
 
 # %% [markdown]
-# ## 5. Error against rank
+# ## 5. Alternating least squares
 #
 # Greedy is not optimal: once a component is chosen, it is never corrected.
-# **Alternating least squares** (ALS) fits all components together. It solves for one
-# whole factor matrix at a time, a linear least-squares problem, while the others are
-# held fixed.
+# **Alternating least squares** (ALS) fits all $R$ components together. With all factor
+# matrices but one held fixed, the kernel is a *linear* function of that one. Written
+# for the first mode, with $W_{(1)}$ the kernel as a matrix of 32 rows and
+# $K = B\odot C\odot D$ the **Khatri–Rao product**, whose columns are
+# $b_r\otimes c_r\otimes d_r$:
+#
+# $$\min_A \|W_{(1)} - A\,K^\top\|_F
+# \quad\Longrightarrow\quad
+# A = W_{(1)} K\,(K^\top K)^{-1},\qquad
+# K^\top K = (B^\top B) * (C^\top C) * (D^\top D)$$
+#
+# ($*$ multiplies entry by entry; Kolda and Bader 2009, section 3.4). One sweep solves
+# for each mode once. Here weights stay inside the factors; $\lambda$ is read off at
+# the end.
+
+
+# %%
+def als_sweep(kernel, factors):
+    """Solve for each factor matrix in turn, the others fixed."""
+    factors = list(factors)
+    for n in range(kernel.ndim):
+        others = factors[:n] + factors[n + 1 :]
+        gram = cpnb.component_gram(others)  # KᵀK, an R×R matrix
+        product = kernel.movedim(n, 0).flatten(1) @ cpnb.khatri_rao(others)
+        factors[n] = torch.linalg.solve(gram, product.T).T
+    return factors
+
+
+def gen(seed):
+    """A generator with a seed."""
+    return torch.Generator().manual_seed(seed)
+
+
+# %% [markdown]
+# Check: the last factor that a sweep solves for is the least-squares solution that
+# torch finds from $K$ itself.
+
+# %%
+draw = gen(0)
+factors = [torch.randn(n, 8, generator=draw).double() for n in trained.shape]
+a8, b8, c8, d8 = als_sweep(trained, factors)
+K = cpnb.khatri_rao([a8, b8, c8])
+solved = torch.linalg.lstsq(K, trained.flatten(0, 2)).solution.T
+torch.testing.assert_close(d8, solved)
+print("the same as torch.linalg.lstsq")
+
+# %% [markdown]
+# No update can raise the error. But where do the factors start? We compare normal
+# random numbers, of either sign, with uniform ones between 0 and 1, the default of some
+# tensor libraries, and with `cpnb.als`, which starts from a short power method, damps
+# and extrapolates.
+#
+# **Predict:** after 200 sweeps, will the start still matter?
+
+# %%
+HAND_SWEEPS = 60 if FAST else 200
+LOG_SWEEPS = [1, 2, 5, 10, 20, 40, 60] + ([] if FAST else [100, 200])
+
+
+def als_by_hand(kernel, rank, draw, seed, sweeps=HAND_SWEEPS):
+    """Textbook ALS; weights, unit factors, and the error after each sweep."""
+    generator = gen(seed)
+    factors = [draw(n, rank, generator=generator).double() for n in kernel.shape]
+    one, errors = torch.ones(rank).double(), []
+    for _ in range(sweeps):
+        factors = als_sweep(kernel, factors)
+        near = cpnb.cp_to_kernel(one, factors)
+        errors.append(cpnb.relative_error(kernel, near).item())
+        lam, units = cpnb.canonical_gauge(one, factors)
+        factors = [u * lam ** (1 / kernel.ndim) for u in units]  # keep norms alike
+    return lam, units, errors
+
+
+# %%
+courses = {
+    "textbook, positive start": [
+        als_by_hand(trained, 84, torch.rand, seed)[2] for seed in range(3)
+    ],
+    "textbook, centred start": [
+        als_by_hand(trained, 84, torch.randn, seed)[2] for seed in range(3)
+    ],
+}
+library = [
+    [
+        cpnb.als(trained, 84, sweeps=n, tol=0, generator=gen(seed)).relative_error
+        for n in LOG_SWEEPS
+    ]
+    for seed in range(3)
+]
+
+# %%
+LOOKS = {
+    "textbook, positive start": {"color": "C1", "marker": "v"},
+    "textbook, centred start": {"color": "C5", "marker": "s"},
+    "cpnb.als (damped)": {"color": "C4", "marker": "h"},
+    "bounded_als, same error": {"color": "C0", "marker": "o"},
+    "power method": {"color": "C3", "marker": "X"},
+}
+
+# %%
+fig, ax = plt.subplots()
+for name, runs in courses.items():
+    for n, errors in enumerate(runs):
+        label = name if n == 0 else None
+        some = [errors[sweeps - 1] for sweeps in LOG_SWEEPS]
+        ax.plot(LOG_SWEEPS, some, label=label, **LOOKS[name])
+for n, errors in enumerate(library):
+    label = "cpnb.als (damped)" if n == 0 else None
+    ax.plot(LOG_SWEEPS, errors, label=label, **LOOKS["cpnb.als (damped)"])
+ax.set(xlabel="sweeps", xscale="log", ylabel="relative error", ylim=(0, None))
+ax.set_title("Trained kernel, rank 84: the start still matters at the end")
+ax.legend()
+plt.show()
+
+for name, runs in courses.items():
+    last = torch.tensor(runs)
+    rises = (last.diff() > 1e-9).sum().item()
+    print(f"{name}: error {last[:, -1].mean():.3f} at the end, rises {rises} times")
+last = torch.tensor(library)[:, -1]
+print(f"cpnb.als: error {last.mean():.3f} at the end")
+
+# %% [markdown]
+# **What to see:** three seeds per colour. Both textbook runs only ever go down, slowly;
+# from the positive start they are still behind when they stop. A good start and
+# extrapolation are worth many sweeps. Section 8 shows that the start leaves another
+# trace, one that the error does not show.
+#
+# ## 6. Uniqueness
+#
+# Why would one care about single components at all? A matrix has endless
+# factorisations: with any invertible $M$, $AB^\top = (AM)(BM^{-\top})^\top$, so that
+# the columns of $A$ mean nothing until one asks for more, such as orthogonality. A
+# tensor of order three or more is different. If its factor matrices are rich enough,
+# its CP form is **unique** up to order and scale. Kruskal's condition, extended to $N$
+# modes (Kruskal 1977; Sidiropoulos and Bro 2000), is enough for that:
+#
+# $$\sum_{n=1}^{N} k_n \ge 2R + N - 1,$$
+#
+# where $k_n$ is the number such that *any* $k_n$ columns of factor $n$ are linearly
+# independent; for random factors $k_n = \min(\text{size}_n, R)$.
+#
+# **Predict:** we hide six random components in a 12×8×3×3 kernel and let ALS look for
+# them. Will it find *these* six, or six others of the same sum? And what if we give the
+# SVD the same numbers as a 12×72 matrix?
+
+
+# %%
+def hide(shape, rank, seed):
+    """A kernel of exactly this rank, and the unit factors it is made of."""
+    generator = gen(seed)
+    normal = [torch.randn(n, rank, generator=generator).double() for n in shape]
+    lam, factors = cpnb.canonical_gauge(torch.ones(rank).double(), normal)
+    return cpnb.cp_to_kernel(lam, factors), factors
+
+
+def cosines(left, right):
+    """|cosine| between the rank-one terms of two decompositions."""
+    pairs = (a.T @ b for a, b in zip(left, right, strict=True))
+    return torch.stack(list(pairs)).prod(0).abs()
+
+
+kernel, hidden = hide((12, 8, 3, 3), 6, seed=0)
+seen = cpnb.als(kernel, 6, sweeps=300, start="random", generator=gen(1))
+again = cpnb.als(kernel, 6, sweeps=300, start="random", generator=gen(2))
+flat = cpnb.power_method(kernel.flatten(1), 6)  # of a matrix this is the SVD
+as_matrix = [hidden[0], cpnb.khatri_rao(hidden[1:])]
+panels = {
+    "ALS, first start": (cosines(hidden, seen.factors), seen),
+    "ALS, other start": (cosines(hidden, again.factors), again),
+    "SVD of the 12×72 matrix": (cosines(as_matrix, flat.factors), flat),
+}
+
+# %%
+fig, axes = plt.subplots(1, 3, figsize=(10, 3.2))
+for ax, (name, (table, fit)) in zip(axes, panels.items(), strict=True):
+    image = ax.imshow(table, cmap="viridis", vmin=0, vmax=1)
+    found_well = int((table.amax(1) > 0.99).sum())
+    ax.set(title=f"{name}\n{found_well} of 6 found", xticks=[], yticks=[])
+    ax.set(xlabel="found components", ylabel="hidden components")
+    print(f"{name}: error {fit.relative_error:.6f}, {found_well} of 6 found")
+fig.colorbar(image, ax=axes, shrink=0.8, label="|cosine|")
+plt.show()
+
+# %% [markdown]
+# **What to see:** all three rebuild the kernel. In the first two pictures each row has
+# an entry of one: ALS found the hidden components themselves, from either start (their
+# order is that of $\lambda$). The SVD found other terms with the same sum.
+#
+# How far does that reach? Kruskal's condition is enough, but not necessary.
+
+
+# %%
+def kruskal_rank(shape):
+    """Largest rank at which random factors meet Kruskal's condition."""
+    rank = 1
+    while sum(min(n, rank + 1) for n in shape) >= 2 * (rank + 1) + len(shape) - 1:
+        rank += 1
+    return rank
+
+
+shape = (32, 16, 3, 3)
+print(f"Kruskal's condition for {shape}: up to rank {kruskal_rank(shape)}")
+for rank in [10, 19, 40, 80]:
+    kernel, hidden = hide(shape, rank, seed=0)
+    fit = cpnb.als(kernel, rank, sweeps=300, start="random", generator=gen(1))
+    count = int((cosines(hidden, fit.factors).amax(1) > 0.99).sum())
+    print(f"rank {rank}: ALS found {count} of {rank}, error {fit.relative_error:.4f}")
+
+for rank in [2, 10, 84]:
+    one, two = (
+        cpnb.als(trained, rank, sweeps=300, start="random", generator=gen(seed)).factors
+        for seed in (1, 2)
+    )
+    shared = int((cosines(one, two).amax(1) > 0.99).sum())
+    print(f"trained kernel, rank {rank}: two starts share {shared} components")
+
+# %% [markdown]
+# **What to see:** the components come back well beyond Kruskal's bound. Where they do
+# not, the error says that this start did not reach the hidden kernel at all. A trained
+# kernel is not *exactly* of low rank, and then nothing is promised: the last lines say
+# how many components two starts agree on. So a single component of a large fit should
+# not be given a meaning before a second start has found it too.
+#
+# ## 7. Error against rank
 #
 # **Predict** two things before you run the cell. Which method needs fewer components
 # for the same error? And which kernel is easier to approximate: one of random numbers,
@@ -533,12 +756,232 @@ for n, method in enumerate(["power method", "ALS"]):
 # compressed, whatever the error. And a small relative error of a *kernel* is not yet a
 # good *network*: accuracy has to be measured, which `05_truncation` does.
 #
-# ## 6. A first look at degeneracy
+# ## 8. Why components of ALS cannot be cut like those of the SVD
 #
-# For matrices a best rank-$R$ approximation always exists: cut the singular value
-# decomposition. For tensors of order three and more it may **not exist** (de Silva and
-# Lim 2008, [doi:10.1137/06066518X](https://doi.org/10.1137/06066518X)). The classical
-# example is
+# The terms of an SVD are orthogonal. Cut some off, and the error is the root of the sum
+# of their squared $\sigma$; what remains is the best of its rank (Eckart and Young
+# 1936). So one fits once and cuts later to any rank.
+#
+# Components of a CP fit are not orthogonal. If a set $S$ of them is removed, the kernel
+# changes by
+#
+# $$\Bigl\|\sum_{r\in S}\lambda_r\, t_r\Bigr\|^2
+# = \sum_{r\in S}\lambda_r^2 + \sum_{r\ne s\in S}\lambda_r\lambda_s\Gamma_{rs},
+# \qquad \Gamma_{rs} = \langle t_r, t_s\rangle,$$
+#
+# with unit terms $t_r$. If two components cancel, $\Gamma_{rs}<0$, removing *both* is
+# cheap; removing one leaves the other alone, huge. The sum of all squares,
+# $\sum\lambda_r^2/\|W\|^2$, the **energy**, is 1 for orthogonal terms and grows with
+# the cancellation. It even predicts the damage: if each component is dropped with
+# probability ½, the squared relative error is $(1+\text{energy})/4$ on average.
+#
+# ### Exercise 3: the price of removing components
+#
+# Write `removal_error(lam, gram, drop)`: the norm of the sum of the dropped components.
+#
+# ```text
+# square = Σ_{r in drop} Σ_{s in drop}  lam[r] · lam[s] · gram[r, s]
+# return sqrt(square)
+# ```
+
+
+# %%
+def removal_error(lam, gram, drop):
+    """Norm of the change when components are dropped."""
+    # your code here: drop is a list of indices
+    return None
+
+
+# %%
+whole = cpnb.als(trained, 85, generator=gen(0))
+gram, drop = cpnb.component_gram(whole.factors), [0, 3, 4]
+gone = cpnb.cp_to_kernel(whole.lam[drop], [f[:, drop] for f in whole.factors])
+check("exercise 3", removal_error(whole.lam, gram, drop), gone.norm())
+
+
+# %% tags=["solution"]
+def removal_error_solution(lam, gram, drop):
+    """Norm of the change when components are dropped."""
+    return (lam[drop] @ gram[drop][:, drop] @ lam[drop]).sqrt()
+
+
+check(
+    "exercise 3, solution", removal_error_solution(whole.lam, gram, drop), gone.norm()
+)
+
+# %% [markdown]
+# The prediction from the energy, checked with 500 random halves of this fit:
+
+# %%
+halves = torch.rand(500, 85, generator=gen(1)) < 0.5
+changes = [((whole.lam * h) @ gram @ (whole.lam * h)).item() for h in halves]
+share = torch.tensor(changes) / trained.norm().float() ** 2
+print(f"mean squared change over ‖W‖²: {share.mean():.3f}", end=" ")
+print(f"± {share.std() / 500**0.5:.3f} (standard error)")
+print(f"(1 + energy) / 4:              {(1 + whole.info.degeneracy.energy) / 4:.3f}")
+
+# %% [markdown]
+# ### The experiment
+#
+# We fit rank 85, about break-even, to two kinds of 32×16×3×3 kernels, random normal
+# numbers and the trained kernels, in seven ways, and keep the $k$ components of largest
+# $\lambda$, as they are or with their $\lambda$ **refitted** by least squares. The
+# power method needs no choice: its first $k$ terms are its fit of rank $k$. The target
+# to beat is **fresh**, a new `cpnb.als` of rank $k$.
+#
+# `bounded_als` (error-preserving correction, Phan et al. 2020) looks for the components
+# of least energy that keep a given error: that of `cpnb.als`, or 0.05 more.
+#
+# **Predict:** half of the components are cut. Which fits are then *worse than a kernel
+# of zeros*, whose relative error is 1? Are trained kernels easier to cut?
+
+
+# %%
+R, KEPT = 85, [63, 42, 21]
+
+
+def bounded(kernel, seed, extra):
+    """Smallest components within the error of ALS, or a little more."""
+    bound = cpnb.als(kernel, R, generator=gen(seed)).relative_error + extra
+    return cpnb.bounded_als(kernel, R, max_error=bound, sweeps=50, generator=gen(seed))
+
+
+FITS = {
+    "textbook, positive start": lambda w, s: als_by_hand(w, R, torch.rand, s),
+    "textbook, centred start": lambda w, s: als_by_hand(w, R, torch.randn, s),
+    "cpnb.als (damped)": lambda w, s: cpnb.als(w, R, generator=gen(s)),
+    "ALS with ridge 1e-3": lambda w, s: cpnb.als(
+        w, R, damping=0, ridge=1e-3, generator=gen(s)
+    ),
+    "bounded_als, same error": lambda w, s: bounded(w, s, 0.0),
+    "bounded_als, error + 0.05": lambda w, s: bounded(w, s, 0.05),
+    "power method": lambda w, s: cpnb.power_method(w, R, generator=gen(s)),
+}
+
+
+# %%
+def kept_error(kernel, lam, factors, count, refit=False):
+    """Relative error after keeping the components of largest λ."""
+    keep = lam.argsort(descending=True)[:count]
+    units = [f[:, keep] for f in factors]
+    left = lam[keep]
+    if refit:  # ⟨t_r, Ŵ⟩ = Σ_s Γ_rs λ'_s, solved for the λ' that stay
+        gram = cpnb.component_gram(factors)
+        left = torch.linalg.lstsq(gram[keep][:, keep], gram[keep] @ lam).solution
+    return cpnb.relative_error(kernel, cpnb.cp_to_kernel(left, units)).item()
+
+
+def measure(kernel, lam, factors):
+    """All of the table's numbers for one fit, and the curve of the figure."""
+    meter = degeneracy(lam, factors)
+    cut = [kept_error(kernel, lam, factors, k) for k in [R, *KEPT]]
+    refitted = [kept_error(kernel, lam, factors, k, refit=True) for k in KEPT]
+    return [meter.energy, meter.lam_max, meter.worst_cancellation, *cut, *refitted]
+
+
+# %%
+COUNT = 2 if FAST else 3
+kinds = {
+    "random": [torch.randn(shape, generator=gen(n)).double() for n in range(COUNT)],
+    "trained": [after for _, after in pairs[:COUNT]],
+}
+fits, numbers, fresh = {}, {}, {}
+for kind, kernels in kinds.items():
+    fresh[kind] = torch.tensor(
+        [
+            [cpnb.als(w, k, generator=gen(s)).relative_error for k in [R, *KEPT]]
+            for s, w in enumerate(kernels)
+        ]
+    )
+    for name, method in FITS.items():
+        results = [method(w, seed) for seed, w in enumerate(kernels)]
+        made = [r[:2] if isinstance(r, tuple) else (r.lam, r.factors) for r in results]
+        fits[kind, name] = made[0]
+        rows = [measure(w, *fit) for w, fit in zip(kernels, made, strict=True)]
+        numbers[kind, name] = torch.tensor(rows)
+
+# %%
+for kind in kinds:
+    print(f"{kind} kernels, n = {COUNT}: relative error with k of {R} components")
+    print(f"{'':25}{'energy':>9}{'all 85':>13}", end="")
+    print("".join(f"{f'{k}, cut / refit':>19}" for k in KEPT))
+    for name in FITS:
+        mean, std = numbers[kind, name].mean(0), numbers[kind, name].std(0)
+        line = f"{name:25}{mean[0]:5.1f}±{std[0]:<4.1f}{mean[3]:6.3f}±{std[3]:.3f}"
+        for n in range(3):
+            cut = f"{mean[4 + n]:.2f}±{std[4 + n]:.2f}"
+            line += f"{cut} / {mean[7 + n]:.2f}".rjust(19)
+        print(line)
+    mean, std = fresh[kind].mean(0), fresh[kind].std(0)
+    line = f"{'fresh cpnb.als at k':25}{'':10}{mean[0]:6.3f}±{std[0]:.3f}"
+    for n in range(3):
+        line += f"{mean[1 + n]:.2f}±{std[1 + n]:.2f}".rjust(19)
+    print(line + "\n")
+
+# %%
+steps = list(range(1, R + 1, 4))
+fig, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True)
+for ax, (kind, kernels) in zip(axes, kinds.items(), strict=True):
+    for name, look in LOOKS.items():
+        curve = [kept_error(kernels[0], *fits[kind, name], k) for k in steps]
+        ax.plot(steps, curve, label=name, markevery=4, **look)
+    again = fresh[kind][0]
+    ax.plot([R, *KEPT], again, "P", color="C2", markersize=9, label="fresh cpnb.als")
+    ax.axhline(1, color="#555555", linestyle=":")
+    half = numbers[kind, "cpnb.als (damped)"].mean(0)[5]
+    ax.set_title(f"{kind}: 42 of cpnb.als leave {half:.2f}, fresh {again[2]:.2f}")
+    ax.set(xlabel=f"components kept of {R}, largest λ first", ylim=(0, None))
+axes[0].set_ylabel("relative error (dotted: zero kernel)")
+axes[1].legend()
+plt.show()
+
+# %% [markdown]
+# **What to see:** with all components, at the right end, the power method is the worst
+# fit; towards the left the order turns round. The fit from the positive start
+# soon climbs far above the dotted line: cut to half, it is worse than no kernel at all.
+# The power method's curve keeps near the fresh fits.
+#
+# Where do random and trained kernels differ? From the numbers of the table:
+
+
+# %%
+def listed(kind, column, limit):
+    """Fits whose mean is above a limit in a column of the table."""
+    return [name for name in FITS if numbers[kind, name].mean(0)[column] > limit]
+
+
+for n, k in enumerate(KEPT):
+    for kind in kinds:
+        worse = listed(kind, 4 + n, 1.0)
+        print(f"k = {k}, {kind}, worse than a zero kernel: {', '.join(worse) or '-'}")
+print()
+for name in FITS:
+    random, tuned = (numbers[kind, name].mean(0)[5] for kind in kinds)
+    say = "less" if tuned < random else "more"
+    print(f"{name:26} k = 42: trained {tuned:.2f}, random {random:.2f}, {say} damage")
+for kind in kinds:
+    gap = [numbers[kind, "power method"].mean(0)[5], fresh[kind].mean(0)[2]]
+    print(f"{kind}: power method above a fresh fit by {gap[0] - gap[1]:.2f} at k = 42")
+
+# %% [markdown]
+# **What to see:** the lines above name the cases. What they have in common: structure
+# in the trained kernels makes every *fresh* fit and the power method better than on
+# random numbers, but it does not protect a badly started ALS, whose components cancel
+# here as well. Refitting $\lambda$ brings every error to 1 at most ($\lambda'=0$ would
+# do that), but where components cancel it does not bring it near a fresh fit. Limits on
+# the components help more: with a ridge, or with `bounded_als`, the energy is lower and
+# so is every error after the cut.
+#
+# So there are three honest ways to a smaller rank: cut a nested fit (power method), fit
+# anew at the rank wanted, or bound the components first. A layer in CP form adds a
+# fourth, to train after the cut (`05_truncation`).
+#
+# ## 9. Border rank and degeneracy
+#
+# Is cancellation only bad luck with the start? No. For matrices a best rank-$R$
+# approximation always exists: cut the singular value decomposition. For tensors of
+# order three and more it may **not exist** (de Silva and Lim 2008,
+# [doi:10.1137/06066518X](https://doi.org/10.1137/06066518X)). The classical example is
 #
 # $$T = a\circ a\circ b + a\circ b\circ a + b\circ a\circ a ,$$
 #
@@ -547,6 +990,8 @@ for n, method in enumerate(["power method", "ALS"]):
 #
 # $$T_n = n\,\bigl(a+\tfrac1n b\bigr)\circ\bigl(a+\tfrac1n b\bigr)\circ
 # \bigl(a+\tfrac1n b\bigr) - n\; a\circ a\circ a .$$
+#
+# One says that the **border rank** of $T$ is two.
 #
 # **Predict:** multiply out the first term. What is left of $T_n$ when $n$ is large, and
 # what happens to the weights meanwhile?
@@ -561,158 +1006,142 @@ def outer(x, y, z):
 a, b = torch.eye(2, dtype=torch.float64)
 border = outer(a, a, b) + outer(a, b, a) + outer(b, a, a)
 
-print("     n   relative error    λ_1    λ_2   cosine of the two terms")
+
+def two_terms(n):
+    """The approximation T_n as weights and factors."""
+    lam = torch.tensor([n, -n], dtype=torch.float64)
+    return lam, [torch.stack([a + b / n, a], 1)] * 3
+
+
 for n in [1, 10, 100, 1000]:
-    x = a + b / n
-    error = cpnb.relative_error(border, n * outer(x, x, x) - n * outer(a, a, a))
-    weight, cosine = n * x.norm() ** 3, -((x @ a / x.norm()) ** 3)
-    print(f"{n:6} {error:16.4f} {weight:6.0f} {n:6} {cosine:16.6f}")
+    error = cpnb.relative_error(border, cpnb.cp_to_kernel(*two_terms(n)))
+    print(f"n = {n:4}: relative error {error:.6f}")
 
 # %% [markdown]
-# The error goes to zero while both weights grow without bound, and the two terms, signs
-# included, point in opposite directions: they nearly cancel, and the small difference
-# is the approximation. This is called **degeneracy**. An algorithm that only looks at
-# the error walks straight into it. Textbook ALS (`ridge=0`) on this tensor at rank two:
+# ### The degeneracy meter
 #
-# **Predict:** a *ridge* adds a small multiple of the squared factor entries to the
-# error. What will it do to the weights, and at what price?
+# The error goes to zero, but at what price? `cpnb.diagnostics` measures it from the
+# $R\times R$ Gram matrix of the components, without building the kernel, so that it can
+# also watch a training run:
 
 # %%
-SWEEPS = [1, 3, 10, 30, 100, 300, 1000] + ([] if FAST else [3000])
-RIDGES = {"ridge 0 (textbook)": 0.0, "ridge 0.001": 1e-3, "ridge 0.01": 1e-2}
+meter = DegeneracyReport({f"n = {n}": degeneracy(*two_terms(n)) for n in [1, 10, 100]})
+print(meter)
 
+# %% [markdown]
+# **What to see:** the weights grow without bound, and the most negative cosine of two
+# components, signs included (*cancellation*), goes to −1: the two nearly cancel, and
+# the small difference is the approximation. This is **degeneracy**. The meter raises
+# its flag at an energy above 3: by the rule of section 8, dropping a random half of the
+# components then costs more than dropping them all.
+#
+# *Float32 error* estimates what rounding the parameters to 32 bits does to the kernel:
+# $2^{-23}\sum|\lambda_r|/\|W\|$. Measured:
 
-def watch(ridge, sweeps):
-    """Error, largest weight and cosine of the two terms after some sweeps of ALS."""
-    generator = torch.Generator().manual_seed(0)
-    fit = cpnb.als(border, 2, sweeps=sweeps, ridge=ridge, tol=0.0, generator=generator)
-    cosine = cpnb.component_gram(fit.factors)[0, 1].item()
-    return fit.relative_error, fit.lam.max().item(), cosine
+# %%
+turn = torch.tensor([[0.8, -0.6], [0.6, 0.8]], dtype=torch.float64)  # a rotation
+for n in [10, 1000, 100_000]:
+    lam, factors = two_terms(n)
+    lam, factors = cpnb.canonical_gauge(lam, [turn @ f for f in factors])
+    exact = cpnb.cp_to_kernel(lam, factors)
+    rounded = cpnb.cp_to_kernel(lam.float(), [f.float() for f in factors]).double()
+    measured_error = cpnb.relative_error(exact, rounded)
+    found_by_meter = degeneracy(lam, factors).float32_error
+    print(f"n = {n}: estimated {found_by_meter:.0e}, measured {measured_error:.0e}")
 
+# %% [markdown]
+# ### What keeps an algorithm from it?
+#
+# An algorithm that only looks at the error walks straight into it. Four remedies:
+#
+# - a **ridge** adds a small multiple of the squared factor entries to the squared
+#   error, always;
+# - **damping**, the default of `cpnb.als`, does the same with a multiple that shrinks
+#   with the error, so that a kernel that *can* be met exactly is;
+# - `bounded_als` asks for the least energy at a given error, here 0.05;
+# - more components: at rank three this tensor has an exact form.
+#
+# **Predict:** which of them stop the growth of the weights on this tensor? (One of them
+# fades just when it is needed.)
 
-watched = {
-    name: torch.tensor([watch(ridge, sweeps) for sweeps in SWEEPS])
-    for name, ridge in RIDGES.items()
+# %%
+SWEEPS = [1, 3, 10, 30, 100, 300, 1000]
+TEXTBOOK = {"damping": 0, "extrapolate": False, "start": "random"}
+WAYS = {
+    "textbook": TEXTBOOK,
+    "ridge 0.001": TEXTBOOK | {"ridge": 1e-3},
+    "ridge 0.01": TEXTBOOK | {"ridge": 1e-2},
+    "cpnb.als (damped)": {"start": "random"},
 }
+
+
+def watch(way):
+    """Error, largest weight and cancellation after some sweeps of ALS."""
+    rows = []
+    for sweeps in SWEEPS:
+        fit = cpnb.als(border, 2, sweeps=sweeps, tol=0, generator=gen(0), **WAYS[way])
+        cancellation = fit.info.degeneracy.worst_cancellation
+        rows.append((fit.relative_error, fit.lam.max().item(), cancellation))
+    return torch.tensor(rows), fit
+
+
+watched = {way: watch(way) for way in WAYS}
+held = cpnb.bounded_als(border, 2, max_error=0.05, generator=gen(0))
 
 # %%
 fig, axes = plt.subplots(1, 3, figsize=(10, 3))
+meter = held.info.degeneracy
+ends = [held.relative_error, held.lam.max(), meter.worst_cancellation]
 names = ["relative error", "largest λ", "cosine of the two terms"]
+colours = {
+    "textbook": LOOKS["textbook, centred start"],
+    "ridge 0.001": {"color": "C2", "marker": "^", "alpha": 0.5},
+    "ridge 0.01": {"color": "C2", "marker": "^"},
+    "cpnb.als (damped)": LOOKS["cpnb.als (damped)"],
+}
 for n, (ax, name) in enumerate(zip(axes, names, strict=True)):
-    for label, values in watched.items():
-        ax.plot(SWEEPS, values[:, n], marker="o", label=label)
+    for label, (rows, _) in watched.items():
+        ax.plot(SWEEPS, rows[:, n], label=label, **colours[label])
+    ax.axhline(ends[n], color="C0", linestyle="--", label="bounded_als, 0.05")
     ax.set(xlabel="ALS sweeps", xscale="log", title=name)
 axes[0].set(yscale="log")
-axes[2].set(ylim=(-1.02, 0))
-axes[0].legend()
+axes[2].set(ylim=(-1.02, 0.05))
+axes[1].legend(fontsize="x-small")
 plt.show()
 
 # %%
-for name, values in watched.items():
-    error, weight, cosine = values[-1].tolist()
-    print(
-        f"{name:19} after {SWEEPS[-1]} sweeps: error {error:.4f}, "
-        f"largest λ {weight:.2f}, cosine {cosine:.3f}"
-    )
+finals = {way: fit.info.degeneracy for way, (_, fit) in watched.items()}
+finals["bounded_als, 0.05"] = held.info.degeneracy
+three = cpnb.als(border, 3, sweeps=1000, generator=gen(0))
+finals["cpnb.als, rank 3"] = three.info.degeneracy
+print(DegeneracyReport(finals))
+print()
+for way, (rows, _) in watched.items():
+    growth = rows[-1, 1] / rows[-2, 1]
+    error = rows[-1, 0]
+    print(f"{way:18} error {error:.4f}, λ grew × {growth:.3f} in the last 700 sweeps")
+print(f"bounded_als, 0.05  error {held.relative_error:.4f}")
+print(f"cpnb.als, rank 3   error {three.relative_error:.6f}")
 
 # %% [markdown]
-# **What to see:** without ridge the error keeps falling, the weights keep growing and
-# the cosine creeps towards −1, and none of them arrives; with a ridge all three settle,
-# at a larger error.
+# **What to see:** without a ridge the error keeps falling, the weights keep growing and
+# the cosine creeps towards −1; none of them arrives. Damping does not stop it: as the
+# error goes, so does the damping, and extrapolation only gets there sooner. With a
+# ridge all three settle, at a larger error. `bounded_als` lets you name the error and
+# returns the tamest fit with it. In practice: damping for kernels that some CP form
+# fits well, a ridge or a bound where the meter raises its flag.
 #
-# Is this only a curiosity of a hand-made tensor? Three fits of the trained kernel at
-# the break-even rank, with the same three measures:
+# Now the meter on trained kernels at rank 85, the first fits of section 8:
 
 # %%
-print("                       error  largest λ/‖W‖  Σλ²/‖W‖²  most negative cosine")
-for name, options in {
-    "power method": None,
-    "ALS, ridge 0": {"ridge": 0.0},
-    "ALS, ridge 1e-6": {},
-    "ALS, ridge 1e-3": {"ridge": 1e-3},
-}.items():
-    generator = torch.Generator().manual_seed(0)
-    method = cpnb.power_method if options is None else cpnb.als
-    fit = method(trained, 84, generator=generator, **(options or {}))
-    share = fit.lam / trained.norm()
-    cosine = cpnb.component_gram(fit.factors).min()
-    numbers = f"{share.max():13.2f} {share.square().sum():10.2f} {cosine:16.3f}"
-    print(f"{name:20} {fit.relative_error:8.3f} {numbers}")
+print(DegeneracyReport({name: degeneracy(*fits["trained", name]) for name in FITS}))
 
 # %% [markdown]
-# **What to see:** for orthogonal terms $\sum\lambda^2/\|W\|^2$ would be at most one. In
-# the greedy fit it stays below one by construction. The more a fit exceeds one, the
-# more its terms cancel one another, and the most negative cosine shows the worst pair.
-# More ridge lowers both, at the price of a larger error. This is far from the
-# catastrophe above, and yet it matters as soon as components are *removed*.
+# **What to see:** the larger the energy, the worse, roughly, the cut in section 8. A
+# flag is no reason not to *use* a fit as it is, and the column of float32 errors shows
+# no trouble; it is a reason not to cut it, and to watch it during training.
 #
-# Take one of two cancelling terms away, and the other stands alone. The next exercise
-# shows it.
-#
-# ### Exercise 3: cut a fit to its largest components
-#
-# Write `cut(result, count)`: the kernel that the `count` components of largest
-# $\lambda$ of a decomposition make. (`result.lam` is not negative; the power method's
-# $\lambda$ need not be sorted.)
-#
-# ```text
-# keep the indices of the `count` largest entries of result.lam
-# add up lam[r] · a_r ∘ b_r ∘ c_r ∘ d_r over these indices
-# ```
-
-# %%
-als_fit = cpnb.als(trained, 84, generator=torch.Generator().manual_seed(0))
-
-
-def cut(result, count):
-    """Kernel of the components of largest weight."""
-    # your code here
-    return None
-
-
-# %%
-top = als_fit.lam.argmax()
-vectors = [factor[:, top] for factor in als_fit.factors]
-strongest = als_fit.lam[top] * torch.einsum("o,i,h,w->oihw", *vectors)
-check("exercise 3, one component", cut(als_fit, 1), strongest)
-everything = cpnb.cp_to_kernel(als_fit.lam, als_fit.factors)
-check("exercise 3, all components", cut(als_fit, 84), everything)
-
-
-# %% tags=["solution"]
-def cut_solution(result, count):
-    """Kernel of the components of largest weight."""
-    keep = result.lam.topk(count).indices
-    return cpnb.cp_to_kernel(result.lam[keep], [f[:, keep] for f in result.factors])
-
-
-check("exercise 3, solution", cut_solution(als_fit, 84), everything)
-
-# %% tags=["solution"]
-counts = list(range(1, 85))
-fig, axes = plt.subplots(1, 2, figsize=(10, 3.2), sharey=True)
-for ax, (name, kernel) in zip(
-    axes, {"untrained": untrained, "trained": trained}.items(), strict=True
-):
-    for label, look in STYLES.items():
-        method = cpnb.als if label == "ALS" else cpnb.power_method
-        fit = method(kernel, 84, generator=torch.Generator().manual_seed(0))
-        errors = [cpnb.relative_error(kernel, cut_solution(fit, k)) for k in counts]
-        ax.plot(counts, errors, label=label, markevery=8, **look)
-    ax.axhline(1, color="#555555", linestyle=":")
-    ax.set_title(f"{name}: half of ALS leaves {errors[41]:.2f}, all {errors[-1]:.2f}")
-    ax.set(xlabel="components kept, largest λ first", ylim=(0, None))
-axes[0].set_ylabel("relative error (dotted: zero kernel)")
-axes[0].legend(loc="lower left")
-plt.show()
-
-# %% [markdown]
-# **What to see in the picture of the solution:** the curves cross. With all its
-# components ALS is better; cut short, it is worse than the greedy fit, and where its
-# curve lies above the dotted line, no kernel at all would be closer to the original
-# than the cut one. Components that were fitted *together* belong together.
-#
-# ### Exercise 4: a degeneracy meter
+# ### Exercise 4: a meter of your own
 #
 # Write `worst_cosine(factors)`: the most negative cosine between two *different*
 # rank-one terms (weights taken positive). For unit columns the cosine of two outer
@@ -732,7 +1161,7 @@ def worst_cosine(factors):
 
 
 # %%
-two = cpnb.als(border, 2, ridge=0.0, generator=torch.Generator().manual_seed(0))
+two = watched["textbook"][1]
 t0, t1 = (outer(*(f[:, r] for f in two.factors)) for r in (0, 1))
 check("exercise 4", worst_cosine(two.factors), (t0 * t1).sum())
 
@@ -749,34 +1178,110 @@ def worst_cosine_solution(factors):
 check("exercise 4, solution", worst_cosine_solution(two.factors), (t0 * t1).sum())
 
 # %% [markdown]
+# ## 10. Slide the rank and the ridge
+#
+# Both at once, on the trained kernel: textbook ALS, 50 sweeps from one centred random
+# start.
+#
+# **Predict:** at a fixed rank, does more ridge always mean a larger error?
+
+# %%
+GRID_RANKS = [5, 21, 42, 63, 84]
+GRID_RIDGES = [0.0, 1e-5, 1e-4, 1e-3, 1e-2]
+grid = [
+    [
+        cpnb.als(trained, rank, ridge=ridge, generator=gen(0), **TEXTBOOK).info
+        for rank in GRID_RANKS
+    ]
+    for ridge in GRID_RIDGES
+]
+maps = {
+    "relative error": [[fit.relative_error for fit in row] for row in grid],
+    "largest λ/‖W‖": [[fit.degeneracy.lam_max for fit in row] for row in grid],
+    "energy": [[fit.degeneracy.energy for fit in row] for row in grid],
+    "cancellation": [
+        [fit.degeneracy.worst_cancellation for fit in row] for row in grid
+    ],
+}
+
+# %%
+fig, axes = plt.subplots(1, 4, figsize=(10, 3.2), sharey=True)
+for ax, (name, values) in zip(axes, maps.items(), strict=True):
+    ax.imshow(values, cmap="viridis_r" if name == "cancellation" else "viridis")
+    ax.grid(False)
+    middle = (max(map(max, values)) + min(map(min, values))) / 2
+    for i, row in enumerate(values):
+        for j, value in enumerate(row):
+            dark = (value > middle) == (name == "cancellation")
+            ax.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=8,
+                    color="white" if dark else "black")  # fmt: skip
+    ax.set(title=name, xlabel="rank", xticks=range(5), yticks=range(5))
+    ax.set(xticklabels=GRID_RANKS, yticklabels=GRID_RIDGES)
+axes[0].set_ylabel("ridge")
+plt.show()
+
+best = min(range(5), key=lambda n: maps["relative error"][n][-1])
+print(f"rank 84: the smallest error is at ridge {GRID_RIDGES[best]:g}")
+top = max((fit.degeneracy.energy, fit.degeneracy.rank) for row in grid for fit in row)
+print(f"the largest energy, {top[0]:.1f}, is at rank {top[1]}")
+
+# %% [markdown]
+# **What to see:** down a column, the ridge lowers the energy and pulls the cancellation
+# towards zero long before the error rises much; the first printed line says whether a
+# little ridge even lowers the error after so few sweeps. A small rank is no protection:
+# see where the energy is largest.
+#
+# The explorer has every rank and more ridges. The curve on the left is that of section
+# 8: the error when only the largest components are kept. On the right is every fit you
+# have visited. (It needs a running kernel; the picture stands for it elsewhere. The
+# sliders answer to the arrow keys.)
+
+# %%
+explorer = cpnb.DegeneracyExplorer(trained)
+explorer
+
+# %%
+explorer.rank.value, explorer.ridge.value = 42, 1e-3
+print(explorer.point.degeneracy.energy, "in the explorer")
+print(maps["energy"][3][2], "in the picture above")
+explorer.rank.value, explorer.ridge.value = 84, 0.0
+
+# %% [markdown]
+# Try `cpnb.DegeneracyExplorer(border, 3)` as well: rank two without a ridge is the
+# degenerate fit of section 9.
+#
 # ## What was not shown
 #
-# - *Uniqueness*: under mild conditions a CP decomposition is unique up to order and
-#   scale, unlike a matrix factorisation. It is one reason for CP's fame, and was not
-#   used here.
-# - *Choosing the rank*, and methods that bound the weights while fitting (Phan et al.
-#   2020, [arXiv:2008.05441](https://arxiv.org/abs/2008.05441)).
-# - *Accuracy*: all errors here are errors of one kernel, of one small network on one
-#   small data set.
+# - *Choosing the rank*: `05_truncation` measures what a rank costs in accuracy.
+# - *Errors that matter*: all errors here are errors of one kernel, with every entry
+#   counted alike, of one small network on one small data set. `cpnb.data_aware` weighs
+#   them by the inputs that the layer sees.
+# - *When a decomposition of a given rank is unique or exists at all* is in general hard
+#   to say; Kruskal's condition is the best known sufficient one.
 #
 # ## Summary
 #
 # - A CP form is a weighted sum of outer products; with unit columns the weights are
-#   $\lambda$.
-# - The power method takes one component at a time; its components are nested and its
-#   error follows from $\lambda$ alone.
+#   $\lambda$. It is often unique.
+# - The power method takes one component at a time; its components are nested, its error
+#   follows from $\lambda$ alone, and it can be cut.
 # - ALS fits all components together and, at larger ranks, needs fewer of them; but its
-#   components may cancel one another, and at worst no best approximation exists. A
-#   ridge keeps the weights bounded.
+#   components may cancel one another, and then they cannot be cut.
+# - At worst no best approximation exists, and $\lambda$ grows without bound. The meter
+#   (`cpnb.diagnostics`) shows it; a ridge or `bounded_als` keeps the weights bounded.
 #
 # **Next:** `02_canonical_weight_normalization` makes $\lambda$ and the factors the
 # parameters of a layer, and trains them.
 #
-# **References.** T. Kolda, B. Bader, *Tensor decompositions and applications*, SIAM
-# Review 2009, doi:10.1137/07070111X. V. de Silva, L.-H. Lim, *Tensor rank and the
-# ill-posedness of the best low-rank approximation problem*, SIAM J. Matrix Anal. Appl.
-# 2008, doi:10.1137/06066518X. A.-H. Phan et al., *Stable low-rank tensor decomposition
-# for compression of convolutional neural network*, 2020, arXiv:2008.05441. L.
+# **References.** C. Eckart, G. Young, *The approximation of one matrix by another of
+# lower rank*, Psychometrika 1936. J. Kruskal, *Three-way arrays: rank and uniqueness of
+# trilinear decompositions*, Linear Algebra Appl. 1977. N. Sidiropoulos, R. Bro, *On the
+# uniqueness of multilinear decomposition of N-way arrays*, J. Chemometrics 2000. T.
+# Kolda, B. Bader, *Tensor decompositions and applications*, SIAM Review 2009,
+# doi:10.1137/07070111X. V. de Silva, L.-H. Lim, *Tensor rank and the ill-posedness of
+# the best low-rank approximation problem*, SIAM J. Matrix Anal. Appl. 2008,
+# doi:10.1137/06066518X. A.-H. Phan et al., *Stable low-rank tensor decomposition for
+# compression of convolutional neural network*, 2020, arXiv:2008.05441. L.
 # Veeramacheneni, M. Wolter, R. Klein, J. Garcke, *Canonical convolutional neural
 # networks*, 2022, arXiv:2206.01509.
 
