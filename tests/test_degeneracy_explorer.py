@@ -87,6 +87,11 @@ def test_point_of_a_zero_kernel_is_finite():
     assert point.relative_error == 0 and point.cut_errors == [0, 0]
 
 
+def test_explorer_shows_a_zero_kernel(explore):
+    explorer = explore(torch.zeros(3, 2, 2), 2)
+    assert explorer.status.value.startswith('<div role="status"')
+
+
 def test_explorer_says_the_numbers_of_its_position(explore, kernel):
     explorer = explore(kernel, 9)
     explorer.rank.value = 4
@@ -197,6 +202,8 @@ def test_explorer_leaves_the_last_position_on_screen_when_moved_from_threads(
     assert words(explorer).split("\n") == status_lines(explorer.point)
     painter, seen = explorer._painter, list(explorer._points.values())
     assert explorer.image.value == painter.png(explorer.point, seen)
+    # What is kept from frame to frame leaves no trace of where the sliders have been.
+    assert explorer.image.value == DegeneracyFigure(6).png(explorer.point, seen)
 
 
 def test_explorer_is_a_picture_and_text_for_pages_without_a_kernel(explore, kernel):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import math
 import threading
 from typing import Any
 
@@ -40,6 +41,7 @@ class DegeneracyFigure:
 
     def __init__(self, max_rank: int) -> None:
         """Make the panels, in a look that the notebook's own style does not change."""
+        self._scene, self._pixels = None, None
         with style.context("default"):
             self._make_panels(max_rank)
 
@@ -73,7 +75,6 @@ class DegeneracyFigure:
         meter, errors = point.degeneracy, point.cut_errors
         set_points(self._curve, [*enumerate(errors, 1)])
         self._cut.mark(point.rank, errors[-1])
-        self._cut.axes.set_ylim(0, 1.1 * max(1.05, *errors))
         self._cut.title.set_text(
             f"rank {point.rank}, ridge {point.ridge:.2g}: error {errors[-1]:.3f}"
         )
@@ -81,13 +82,22 @@ class DegeneracyFigure:
         pairs = [(p.relative_error, p.degeneracy.energy) for p in known]
         set_points(self._seen, pairs)
         self._energy.mark(point.relative_error, meter.energy)
-        high = max(30.0, *(2 * energy for _, energy in pairs))
-        self._energy.axes.set_ylim(0.3, high)
         self._energy.title.set_text(
             f"energy {meter.energy:.2f}, largest λ/‖W‖ {meter.lam_max:.2f}, "
             f"cancellation {meter.worst_cancellation:.2f}"
         )
-        self._canvas.draw()  # leaves out the animated artists
+        # Limits of all fits seen, in steps: while they stay, so do the axes' pixels.
+        worst = max([1.0, *(max(p.cut_errors) for p in known)])
+        top = math.ceil(2.2 * worst) / 2
+        largest = max([10.0, *(energy for _, energy in pairs)])
+        high = 10 ** math.ceil(math.log10(1.5 * largest))
+        if self._scene != (top, high):
+            self._scene = top, high
+            self._cut.axes.set_ylim(0, top)
+            self._energy.axes.set_ylim(0.3, high)
+            self._canvas.draw()  # leaves out the animated artists
+            self._pixels = self._canvas.copy_from_bbox(self.figure.bbox)
+        self._canvas.restore_region(self._pixels)
         for panel in (self._cut, self._energy):
             panel.draw()
         image = Image.fromarray(np.asarray(self._canvas.buffer_rgba())[..., :3])
@@ -213,7 +223,7 @@ _SLIDER = {
     "style": {"description_width": "80px"},
     "layout": {"width": "640px"},
 }
-_BOX = {"style": {"description_width": "90px"}, "layout": {"width": "200px"}}
+_BOX = {"style": {"description_width": "110px"}, "layout": {"width": "220px"}}
 
 
 # The sliders have no accessible names of their own; the boxes beside them do.
