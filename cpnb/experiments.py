@@ -24,8 +24,8 @@ from cpnb._experiments.cells import (
     Cell,
     Experiment,
     experiment_data,
+    fresh_cells,
     run_cell,
-    test_cells,
     tuning_cells,
 )
 from cpnb._experiments.record import (
@@ -131,7 +131,7 @@ def run_experiment(
     cells = tuning_cells(experiment)
     for phase in ("tune", "test"):
         if phase == "test":
-            cells = test_cells(experiment, tuned_rates(record))
+            cells = fresh_cells(experiment, tuned_rates(record))
         todo = missing(cells, record)
         if todo and not record["data"]:
             record["data"] = repr(

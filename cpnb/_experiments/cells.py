@@ -105,7 +105,7 @@ def tuning_cells(experiment: Experiment) -> list[Cell]:
     ]
 
 
-def test_cells(experiment: Experiment, rates: Mapping[str, float]) -> list[Cell]:
+def fresh_cells(experiment: Experiment, rates: Mapping[str, float]) -> list[Cell]:
     """All cells with fresh seeds at the chosen rate of each start."""
     return [
         Cell("test", start, rates[start], seed)
