@@ -84,7 +84,14 @@ class _CPConv(CPLayer):
         batched = images.ndim == len(self.kernel_shape)
         batch = images if batched else images[None]
         lam, factors = self._folded_lam(), self._padded_factors()
-        output = conv_chain(batch, lam, factors, self.bias, **geometry)
+        if batch.ndim != 4:
+            output = conv_chain(batch, lam, factors, self.bias, **geometry)
+            return output if batched else output[0]
+        # The depthwise stage runs about twice as fast in this layout.
+        packed = batch.contiguous(memory_format=torch.channels_last)
+        output = conv_chain(packed, lam, factors, self.bias, **geometry)
+        layout = torch.channels_last if _is_channels_last(batch) else None
+        output = output.contiguous(memory_format=layout or torch.contiguous_format)
         return output if batched else output[0]
 
     def _margins(self) -> list[int]:

@@ -9,7 +9,7 @@ import os
 import platform
 import subprocess
 from dataclasses import asdict, dataclass, fields
-from importlib import metadata
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -147,14 +147,10 @@ def provenance(device: torch.device | str = "cpu") -> dict[str, Any]:
     name = str(device)
     if device.type == "cuda":
         name += f" ({torch.cuda.get_device_name(device)})"
-    try:
-        version = metadata.version("cpnb")
-    except metadata.PackageNotFoundError:
-        version = None
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": {
-            "cpnb": version,
+            "cpnb": import_module("cpnb").__version__,
             "torch": str(torch.__version__),
             "python": platform.python_version(),
         },

@@ -517,3 +517,12 @@ def test_weight_is_read_only():
     layer = cpnb.CPLinear(3, 2)
     with pytest.raises(AttributeError):
         layer.weight = torch.zeros(2, 3)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_chain_forward_keeps_the_memory_layout_of_its_input(groups):
+    layer = cpnb.CPConv2d(4, 8, 3, groups=groups, rank=4, forward_mode="chain")
+    images = torch.randn(2, 4, 6, 6)
+    assert layer(images).is_contiguous()
+    spread = images.to(memory_format=torch.channels_last)
+    assert layer(spread).is_contiguous(memory_format=torch.channels_last)

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-import cpnb
 from cpnb.data import Dataset, Split, load_data
 from cpnb.evaluation import accuracy, evaluate
 from cpnb.initializers import INITIALIZERS, CPForm, unified
@@ -168,7 +167,6 @@ def run_cell(experiment: Experiment, cell: Cell, device: str = "cpu") -> dict[st
     if run.status == "interrupted":
         raise KeyboardInterrupt
     where = provenance(device)
-    where["versions"]["cpnb"] = cpnb.__version__  # also where it is not installed
     measured = cell.phase == "test" and run.status == "finished"
     curves = {
         name: [round(record[name], _DIGITS) for record in run.history]
