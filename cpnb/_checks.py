@@ -1,8 +1,26 @@
 """One check per concept: argument, expected, got, next step."""
 
+import operator
 from collections.abc import Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
+
+
+def check_count(value: int, name: str, least: int = 1, hint: str = "") -> int:
+    """A whole number of at least ``least``, also from numpy, as an int."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} is {value!r}, expected an int >= {least}.{hint}")
+    if operator.index(value) < least:
+        raise ValueError(f"{name} is {value}, expected at least {least}.{hint}")
+    return operator.index(value)
+
+
+def check_module(model: nn.Module, name: str = "model") -> None:
+    """Raise unless ``model`` is a torch module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"{name} is a {type(model).__name__}, expected a torch.nn.Module."
+        )
 
 
 def check_floating(tensor: Tensor, name: str) -> None:
@@ -32,6 +50,16 @@ def check_kernel(kernel: Tensor, name: str = "kernel") -> None:
             f"{name} has {bad} NaN or infinite entries out of {kernel.numel()}, "
             "expected finite values. Check the training run or file it came from."
         )
+
+
+def check_same_dtype(lam: Tensor, factors: Sequence[Tensor]) -> None:
+    """Raise unless all tensors share one dtype."""
+    for n, factor in enumerate(factors):
+        if factor.dtype != lam.dtype:
+            raise TypeError(
+                f"factors[{n}] has dtype {factor.dtype}, expected {lam.dtype} as lam. "
+                f"Convert it with factors[{n}].to(lam.dtype)."
+            )
 
 
 def check_factors(factors: Sequence[Tensor]) -> None:
@@ -66,3 +94,4 @@ def check_cp(lam: Tensor, factors: Sequence[Tensor]) -> None:
                     f"lam). Rebuild it with shape ({factor.shape[0]}, {rank})."
                 )
     check_factors(factors)
+    check_same_dtype(lam, factors)

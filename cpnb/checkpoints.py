@@ -87,7 +87,7 @@ def load_weights(model: nn.Module, path: str | PathLike[str]) -> nn.Module:
             f"{path} is not a complete safetensors file ({error}). Save it again with "
             "cpnb.save_model."
         ) from error
-    if metadata.get("format") != _FORMAT:
+    if metadata.get("format") != _FORMAT or "ranks" not in metadata:
         raise ValueError(
             f"{path} has format {metadata.get('format')!r}, expected {_FORMAT!r}. "
             "Write checkpoints with cpnb.save_model."

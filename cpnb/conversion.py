@@ -33,9 +33,18 @@ def refusal(layer: nn.Module) -> str | None:
         )
     if type(layer) not in CONVERTIBLE:
         return f"expected exactly one of {kinds}"
-    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks:
-        return "it has hooks, which would be lost; remove them first"
-    return None
+    return _lost_hooks(layer)
+
+
+def _lost_hooks(layer: nn.Module) -> str | None:
+    hooks = (
+        *(layer._forward_hooks, layer._forward_pre_hooks),
+        *(layer._backward_hooks, layer._backward_pre_hooks),
+        *(parameter._backward_hooks for parameter in layer.parameters()),
+    )
+    return (
+        "it has hooks, which would be lost; remove them first" if any(hooks) else None
+    )
 
 
 def convert_layer(
@@ -75,6 +84,9 @@ def convert_layer(
 
 def stock_layer(layer: "CPLayer") -> nn.Module:
     """Build the stock torch layer with the kernel of a CP layer."""
+    reason = _lost_hooks(layer)
+    if reason:
+        raise TypeError(f"layer is a {type(layer).__name__}: {reason}.")
     weight = layer.weight.detach()
     stock = nn.utils.skip_init(
         layer._stock, *layer._arguments(layer), device=weight.device, dtype=weight.dtype

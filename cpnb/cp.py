@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cpnb._checks import check_cp, check_factors
+from cpnb._checks import check_cp, check_factors, check_floating
 
 
 def cp_to_kernel(lam: Tensor, factors: Sequence[Tensor]) -> Tensor:
@@ -219,6 +219,7 @@ def relative_error(kernel: Tensor, approximation: Tensor) -> Tensor:
         Scalar tensor.
 
     Raises:
+        TypeError: If a tensor is not of floating-point type.
         ValueError: If the shapes differ.
 
     >>> relative_error(torch.ones(4), torch.zeros(4))
@@ -229,6 +230,8 @@ def relative_error(kernel: Tensor, approximation: Tensor) -> Tensor:
             f"approximation has shape {tuple(approximation.shape)}, expected "
             f"{tuple(kernel.shape)} as the kernel."
         )
+    check_floating(kernel, "kernel")
+    check_floating(approximation, "approximation")
     difference = torch.linalg.vector_norm(kernel - approximation)
     return torch.where(
         difference == 0, difference, difference / torch.linalg.vector_norm(kernel)

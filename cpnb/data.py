@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from cpnb._checks import check_count
 from cpnb.idx import read_pair, where_to_put
 
 _VALIDATION_SHARE = _TEST_SHARE = 0.2  # of the digits
@@ -168,7 +169,7 @@ def load_data(
             f"name is {name!r}, expected one of {known}. For images of your own pass a "
             "pair (images, labels) wherever a function takes data."
         )
-    _check_int("seed", seed)
+    seed = check_count(seed, "seed", least=0)
     _check_floating(dtype)
     if name == "digits":
         pixels, labels = _read_digits()
@@ -181,8 +182,8 @@ def load_data(
         train, held_out = _stratified_split(labels, seed, (_IDX_VALIDATION_SHARE,))
         pairs = [(pixels[held_out], labels[held_out]), read_pair(folder, "test")]
     if train_size is not None:
-        _check_int("train_size", train_size)
-        if not 1 <= train_size <= len(train):
+        train_size = check_count(train_size, "train_size")
+        if train_size > len(train):
             raise ValueError(
                 f"train_size is {train_size}, expected 1 to {len(train)}, the number "
                 "of training images."
@@ -240,11 +241,6 @@ def _stratified_split(
             part.append(piece)
     joined = [torch.cat(part) for part in parts]
     return [i[torch.randperm(len(i), generator=generator)] for i in joined]
-
-
-def _check_int(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} is {value!r}, expected an int.")
 
 
 def _check_floating(dtype: torch.dtype | None) -> None:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cpnb._checks import check_count, check_module
+
 SPLITS = ("train", "validation", "test")
 
 
@@ -100,12 +102,9 @@ def evaluate(
         >>> evaluate(nn.Identity(), pair)["accuracy"]
         0.5
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"model is a {type(model).__name__}, expected a torch.nn.Module."
-        )
+    check_module(model)
     images, labels = images_and_labels(data)
-    check_batch_size(batch_size)
+    batch_size = check_count(batch_size, "batch_size")
     device, dtype = placement(model, images)
     largest, loss, correct = int(labels.max()), 0.0, 0
     # no_grad, not inference_mode: a tensor that a layer caches here must stay usable
@@ -164,14 +163,6 @@ def place(
         innermost = innermost.clone(memory_format=torch.contiguous_format)
         images = innermost.permute(0, 3, 1, 2)
     return images, labels
-
-
-def check_batch_size(batch_size: int) -> None:
-    """Refuse anything but a whole number of at least 1."""
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int):
-        raise TypeError(f"batch_size is {batch_size!r}, expected an int, at least 1.")
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}, expected at least 1.")
 
 
 def check_scores(scores: Tensor, rows: int, largest: int) -> None:

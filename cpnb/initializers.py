@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from cpnb._checks import check_count
 from cpnb.als import als
 from cpnb.decomposition import power_method, random_units
 from cpnb.unified import reproducing_transformation
@@ -65,7 +66,7 @@ def unified(
             f'nonlinearity is {nonlinearity!r}, expected "relu" or "linear".'
         )
     like = torch.empty(0, device=device, dtype=dtype)
-    factors = [random_units(n, rank, generator, like) for n in _sizes(shape)]
+    factors = [random_units(n, rank, generator, like) for n in _sizes(shape, rank)]
     # For O = I = 1 the kernel is Σ ±λ: the sign is all the randomness there is.
     signs = 1 if factors else random_units(1, rank, generator, like)[0]
     # Fan-out is fan-in of the convolution that the backward pass is equivalent to.
@@ -94,8 +95,8 @@ def gaussian(
     Args: see `unified`. Source: Veeramacheneni et al. 2022, arXiv:2206.01509.
     """
     like = torch.empty(0, device=device, dtype=dtype)
-    std = math.sqrt(2 / rank)
-    factors = [_draw("normal_", n, rank, generator, like) * std for n in _sizes(shape)]
+    draws = [_draw("normal_", n, rank, generator, like) for n in _sizes(shape, rank)]
+    factors = [draw * math.sqrt(2 / rank) for draw in draws]
     return like.new_ones(rank), factors
 
 
@@ -117,8 +118,8 @@ def uniform(
     Args: see `unified`. Source: Veeramacheneni et al. 2022, arXiv:2206.01509.
     """
     like = torch.empty(0, device=device, dtype=dtype)
+    draws = [_draw("uniform_", n, rank, generator, like) for n in _sizes(shape, rank)]
     bound = math.sqrt(6 / rank)
-    draws = [_draw("uniform_", n, rank, generator, like) for n in _sizes(shape)]
     return like.new_ones(rank), [(2 * draw - 1) * bound for draw in draws]
 
 
@@ -184,7 +185,14 @@ def dense_bias(
     return (2 * draw - 1) / math.sqrt(math.prod(shape[1:]))
 
 
-def _sizes(shape: Sequence[int]) -> list[int]:
+def _sizes(shape: Sequence[int], rank: int) -> list[int]:
+    """Sizes of the modes that carry a factor, after a check of both arguments."""
+    check_count(rank, "rank")
+    if len(shape) < 2 or min(shape) < 1:
+        raise ValueError(
+            f"shape is {tuple(shape)}, expected (out, in / groups, *kernel_size), "
+            "every size >= 1."
+        )
     return [n for n in shape if n > 1]
 
 
@@ -210,7 +218,7 @@ def _fitted(
     if weight is None:
         weight = dense_start(shape, generator, device, dtype)
     weight = weight.detach().to(device=device, dtype=dtype)
-    sizes = _sizes(shape)
+    sizes = _sizes(shape, rank)
     if not sizes:  # one number, no direction to fit: the first component holds it
         lam = torch.zeros(rank, device=weight.device, dtype=weight.dtype)
         lam[0] = weight.flatten()[0]

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import skip_init
 
+from cpnb._checks import check_count
+
 
 class DigitsNet(nn.Module):
     """Small convolutional network for 8×8 images: ``conv1, conv2, fc1, fc2``.
@@ -31,7 +33,7 @@ class DigitsNet(nn.Module):
     ) -> None:
         """Build the layers and draw their weights."""
         super().__init__()
-        _check_num_classes(num_classes)
+        num_classes = check_count(num_classes, "num_classes", least=2)
         self.conv1 = skip_init(nn.Conv2d, 1, 16, 3, padding=1)
         self.conv2 = skip_init(nn.Conv2d, 16, 32, 3, padding=1)
         self.fc1 = skip_init(nn.Linear, 32 * 4 * 4, 64)
@@ -71,7 +73,7 @@ class LeNet(nn.Module):
     ) -> None:
         """Build the layers and draw their weights."""
         super().__init__()
-        _check_num_classes(num_classes)
+        num_classes = check_count(num_classes, "num_classes", least=2)
         self.conv1 = skip_init(nn.Conv2d, 1, 32, 3)
         self.conv2 = skip_init(nn.Conv2d, 32, 64, 3)
         self.dropout1 = nn.Dropout(0.25)
@@ -100,10 +102,3 @@ def _initialize_(model: nn.Module, generator: torch.Generator | None) -> None:
             nn.init.kaiming_uniform_(layer.weight, math.sqrt(5), generator=generator)
             bound = 1 / math.sqrt(layer.weight[0].numel())
             nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
-
-
-def _check_num_classes(num_classes: int) -> None:
-    if isinstance(num_classes, bool) or not isinstance(num_classes, int):
-        raise TypeError(f"num_classes is {num_classes!r}, expected an int.")
-    if num_classes < 2:
-        raise ValueError(f"num_classes is {num_classes}, expected at least 2.")

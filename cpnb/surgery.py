@@ -172,7 +172,8 @@ def skip_rule(model: nn.Module, skip: Skip) -> Callable[[str, nn.Module], bool]:
     if callable(skip):
         return skip
     names = {skip} if isinstance(skip, str) else set(skip)
-    known = {name for name, layer in model.named_modules() if is_weighted(layer)}
+    modules = model.named_modules(remove_duplicate=False)
+    known = {name for name, layer in modules if is_weighted(layer)}
     if names - known:
         raise ValueError(
             f"skip names {sorted(names - known)}, expected some of {sorted(known)}."

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
+from cpnb._checks import check_count, check_module
 from cpnb.evaluation import (
-    check_batch_size,
     check_scores,
     evaluate,
     evaluation_mode,
@@ -71,7 +71,8 @@ def fit(
         validation: Pair to evaluate after each epoch, instead of the data set's
             validation split.
         epochs: Passes over the training images.
-        batch_size: Images per step; the last batch of an epoch may be smaller.
+        batch_size: Images per step; the last batch of an epoch may be smaller, and
+            takes in a single image left over, which batch norm could not do with.
         optimizer: ``"adam"``, ``"sgd"``, ``"rmsprop"``, or a function that turns a
             list of parameters into an optimizer and thereby replaces ``lr``,
             ``momentum`` and ``weight_decay``.
@@ -81,7 +82,8 @@ def fit(
         schedule: ``"cosine"`` anneals the learning rate to 0; None keeps it constant.
         seed: Seed of the image order and of dropout.
         channels_last: Store the colours of an image innermost, which convolution and
-            pooling run faster on. Switch it off for a network that calls ``view``.
+            pooling run faster on, unless the network fails on it, as one that calls
+            ``view`` does.
         callback: Called as ``callback(epoch, model, record)`` after each epoch.
         progress: Show a text progress bar with images per second.
 
@@ -92,11 +94,10 @@ def fit(
         TypeError: If an argument has the wrong type.
         ValueError: If an argument has an impossible value. The model is unchanged.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"model is a {type(model).__name__}, expected a torch.nn.Module."
-        )
-    _check_counts(epochs, batch_size, seed)
+    check_module(model)
+    epochs = check_count(epochs, "epochs")
+    batch_size = check_count(batch_size, "batch_size")
+    seed = check_count(seed, "seed", least=0)
     if schedule not in SCHEDULES:
         raise ValueError(f'schedule is {schedule!r}, expected None or "cosine".')
     if callback is not None and not callable(callback):
@@ -107,9 +108,9 @@ def fit(
     trained = [p for p in model.parameters() if p.requires_grad]
     descent, settings = build_optimizer(optimizer, trained, lr, momentum, weight_decay)
 
-    pairs = _pairs(model, data, validation, channels_last)
+    pairs, channels_last = _pairs(model, data, validation, channels_last)
     labels = pairs[0][1]
-    steps = epochs * math.ceil(len(labels) / batch_size)
+    steps = epochs * len(_batches(torch.arange(len(labels)), batch_size))
     cosine = CosineAnnealingLR(descent, steps) if schedule == "cosine" else None
     run = Run(
         status="finished",
@@ -125,7 +126,7 @@ def fit(
             **settings,
             "schedule": schedule,
             "seed": seed,
-            "channels_last": bool(channels_last),
+            "channels_last": channels_last,
         },
         provenance=provenance(labels.device),
     )
@@ -140,7 +141,7 @@ def fit(
                 bar.set_description(f"epoch {epoch}/{epochs}", refresh=False)
                 start = time.perf_counter()
                 order = torch.randperm(len(labels), generator=shuffle)
-                batches = order.to(labels.device).split(batch_size)
+                batches = _batches(order.to(labels.device), batch_size)
                 loss, share = _train_epoch(
                     model, pairs[0], batches, descent, cosine, bar
                 )
@@ -223,28 +224,34 @@ def _progress_bar(total: int, progress: bool) -> Any:
     return tqdm(total=total, disable=not progress, unit=" images", mininterval=0.5)
 
 
+def _batches(order: Tensor, batch_size: int) -> list[Tensor]:
+    """Indices of each step's images."""
+    batches = list(order.split(batch_size))
+    if len(batches) > 1 and len(batches[-1]) == 1:
+        batches[-2:] = [torch.cat(batches[-2:])]
+    return batches
+
+
 def _pairs(
     model: nn.Module, data: Any, validation: Pair | None, channels_last: bool
-) -> list[Pair]:
-    """The pair to train on and, where there is one, the pair to validate on."""
-    pairs = [images_and_labels(data, "train")]
+) -> tuple[list[Pair], bool]:
+    """The pair to train on, the one to validate on if there is one, and the layout."""
+    given = [images_and_labels(data, "train")]
     if validation is None and hasattr(data, "validation"):
         validation = data.validation
     if validation is not None:
-        pairs.append(images_and_labels(validation))
-    pairs = [place(pair, model, channels_last=channels_last) for pair in pairs]
-    # One image is scored now, so that a misfit shows before anything changes.
-    largest = max(int(labels.max()) for _, labels in pairs)
-    with evaluation_mode(model), torch.no_grad():
-        for images, _ in pairs:
-            check_scores(model(images[:1]), 1, largest)
-    return pairs
-
-
-def _check_counts(epochs: int, batch_size: int, seed: int) -> None:
-    for name, value in (("epochs", epochs), ("seed", seed)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} is {value!r}, expected an int.")
-    if epochs < 1:
-        raise ValueError(f"epochs is {epochs}, expected at least 1.")
-    check_batch_size(batch_size)
+        given.append(images_and_labels(validation))
+    largest = max(int(labels.max()) for _, labels in given)
+    for layout in (True, False) if channels_last else (False,):
+        pairs = [place(pair, model, channels_last=layout) for pair in given]
+        # One image is scored now, so that a misfit shows before anything changes.
+        try:
+            with evaluation_mode(model), torch.no_grad():
+                for images, _ in pairs:
+                    check_scores(model(images[:1]), 1, largest)
+        except RuntimeError:
+            if not layout:
+                raise
+        else:
+            break
+    return pairs, layout

@@ -1,17 +1,20 @@
 """Truncation: drop components of trained CP layers, and say honestly what it costs."""
 
 import copy
-import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
 
+from cpnb._checks import check_count
 from cpnb.base import CPLayer
 from cpnb.cp import component_gram
 from cpnb.surgery import cp_layers, replace_layers
 
 KEYS = ("lam", "greedy")
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_HINT = " For a fraction use keep."
 
 
 def truncate(
@@ -83,7 +86,9 @@ def kept_rank(rank: int, keep: float) -> int:
     >>> kept_rank(10, 0.25), kept_rank(10, 0.7), kept_rank(10, 0.01)
     (2, 7, 1)
     """
-    if isinstance(keep, bool) or not 0 < keep <= 1:
+    if isinstance(keep, bool) or not isinstance(keep, Real):
+        raise TypeError(f"keep is {keep!r}, expected a fraction in (0, 1].")
+    if not 0 < keep <= 1:
         raise ValueError(f"keep is {keep}, expected a fraction in (0, 1].")
     return max(1, int(rank * keep + 1e-9))
 
@@ -120,7 +125,9 @@ def component_order(layer: CPLayer, key: str = "lam") -> Tensor:
 
 
 @torch.no_grad()
-def select_components(layer: CPLayer, index: Tensor, *, refit: bool = False) -> CPLayer:
+def select_components(
+    layer: CPLayer, index: Tensor | Sequence[int], *, refit: bool = False
+) -> CPLayer:
     """Copy a CP layer with the given components only, in their present order.
 
     Args:
@@ -134,7 +141,10 @@ def select_components(layer: CPLayer, index: Tensor, *, refit: bool = False) -> 
     Raises:
         ValueError: If ``index`` is empty, repeats itself or is out of range.
     """
-    index = torch.as_tensor(index, device=layer.lam.device).sort().values
+    index = torch.as_tensor(index, device=layer.lam.device)
+    if index.ndim != 1 or (len(index) and index.dtype not in _INTEGERS):
+        raise ValueError(f"index is {index.tolist()}, expected a list of ints.")
+    index = index.long().sort().values
     if not len(index) or len(index.unique()) < len(index) or index[0] < 0:
         raise ValueError(
             f"index is {index.tolist()}, expected distinct component indices, at least "
@@ -163,7 +173,7 @@ def _wanted_ranks(
     rank: int | Mapping[str, int], layers: Mapping[str, CPLayer]
 ) -> dict[str, int]:
     if not isinstance(rank, Mapping):
-        count = _check_count(rank, "rank")
+        count = check_count(rank, "rank", hint=_HINT)
         if list(layers) == [""]:
             rank = {"": count}
         else:
@@ -171,7 +181,9 @@ def _wanted_ranks(
     unknown = [name for name in rank if name not in layers]
     if unknown:
         raise ValueError(f"rank names {unknown}, expected some of {list(layers)}.")
-    counts = {name: _check_count(n, f"rank[{name!r}]") for name, n in rank.items()}
+    counts = {
+        name: check_count(n, f"rank[{name!r}]", hint=_HINT) for name, n in rank.items()
+    }
     for name, count in counts.items():
         if count > layers[name].rank:
             raise ValueError(
@@ -179,16 +191,6 @@ def _wanted_ranks(
                 f"{layers[name].rank} components it holds."
             )
     return counts
-
-
-def _check_count(count: int, name: str) -> int:
-    if isinstance(count, bool) or not hasattr(count, "__index__"):
-        raise TypeError(
-            f"{name} is {count!r}, expected an int >= 1. For a fraction use keep."
-        )
-    if operator.index(count) < 1:
-        raise ValueError(f"{name} is {count}, expected an int >= 1.")
-    return operator.index(count)
 
 
 def _float64_components(layer: CPLayer) -> tuple[Tensor, list[Tensor]]:

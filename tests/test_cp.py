@@ -239,6 +239,16 @@ A, B = torch.ones(3, 2), torch.ones(4, 2)
             ValueError,
             r"factors\[1\] has 5 columns, expected rank 2 \(from factors\[0\]\)",
         ),
+        (
+            lambda: cpnb.cp_norm(torch.ones(2), [A.double(), B]),
+            TypeError,
+            r"factors\[0\] has dtype torch.float64, expected torch.float32 as lam",
+        ),
+        (
+            lambda: cpnb.relative_error(A.int(), A.int()),
+            TypeError,
+            "kernel has dtype torch.int32, expected a floating-point",
+        ),
         (lambda: cpnb.khatri_rao([]), ValueError, "matrices is empty"),
         (
             lambda: cpnb.khatri_rao([A, torch.ones(4, 5)]),

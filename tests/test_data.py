@@ -349,7 +349,7 @@ def test_load_data_says_what_to_set_without_cpnb_data(monkeypatch):
 @pytest.mark.parametrize(
     ("size", "error", "text"),
     [
-        (0, ValueError, "train_size is 0, expected 1 to 50"),
+        (0, ValueError, "train_size is 0, expected at least 1"),
         (51, ValueError, "train_size is 51, expected 1 to 50"),
         (2.0, TypeError, "train_size is 2.0, expected an int"),
     ],

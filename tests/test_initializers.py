@@ -94,9 +94,10 @@ def test_paper_starts_draw_entries_of_the_stated_variance():
     assert flat[0].var().item() == pytest.approx(bound**2 / 3, rel=0.05)
 
 
-def test_power_start_fits_the_default_dense_start_without_a_weight():
+@pytest.mark.parametrize("init", ["power", "als"])
+def test_fitted_starts_fit_the_default_dense_start_without_a_weight(init):
     generator = torch.Generator().manual_seed(0)
-    layer = cpnb.CPConv2d(8, 16, 3, rank=300, init="als", generator=generator)
+    layer = cpnb.CPConv2d(8, 16, 3, rank=300, init=init, generator=generator)
     bound = 1 / math.sqrt(8 * 9)
     assert layer.weight.var().item() == pytest.approx(bound**2 / 3, rel=0.15)
 
@@ -136,3 +137,20 @@ def test_a_start_given_as_a_function_is_used():
 def test_starts_refuse_unknown_names(call, text):
     with pytest.raises(ValueError, match=text):
         call()
+
+
+@pytest.mark.parametrize("init", [cpnb.unified, cpnb.gaussian, cpnb.uniform])
+@pytest.mark.parametrize(
+    ("shape", "rank", "error", "text"),
+    [
+        (SHAPE, 0, ValueError, "rank is 0, expected at least 1"),
+        (SHAPE, -1, ValueError, "rank is -1"),
+        (SHAPE, 2.5, TypeError, "rank is 2.5, expected an int >= 1"),
+        (SHAPE, "same", TypeError, "rank is 'same'"),
+        ((0, 3), 2, ValueError, r"shape is \(0, 3\), expected \(out, in / groups"),
+        ((), 2, ValueError, r"shape is \(\), expected"),
+    ],
+)
+def test_starts_refuse_bad_ranks_and_shapes(init, shape, rank, error, text):
+    with pytest.raises(error, match=text):
+        init(shape, rank)

@@ -197,6 +197,40 @@ def test_from_layer_refuses_other_layers(layer, text):
         cpnb.from_layer(layer, rank=2)
 
 
+def hooked(kind):
+    layer = nn.Linear(4, 3)
+    if kind == "backward pre":
+        layer.register_full_backward_pre_hook(lambda *args: None)
+    elif kind == "forward pre":
+        layer.register_forward_pre_hook(lambda *args: None)
+    else:
+        layer.weight.register_hook(lambda gradient: gradient)
+    return layer
+
+
+@pytest.mark.parametrize("kind", ["backward pre", "forward pre", "parameter"])
+def test_from_layer_refuses_every_kind_of_hook(kind):
+    with pytest.raises(TypeError, match="it has hooks, which would be lost"):
+        cpnb.from_layer(hooked(kind), rank=2)
+
+
+def test_to_dense_refuses_a_layer_with_hooks():
+    layer = cpnb.CPLinear(4, 3)
+    layer.register_forward_hook(lambda layer, inputs, output: 2 * output)
+    with pytest.raises(TypeError, match="layer is a CPLinear: it has hooks"):
+        cpnb.to_dense(nn.Sequential(layer))
+
+
+def test_skip_takes_every_name_of_a_shared_layer():
+    shared = nn.Linear(4, 4)
+    model = nn.Sequential(shared, nn.ReLU(), shared, nn.Linear(4, 2))
+    with pytest.raises(ValueError, match="Pass the layers in skip"):
+        cpnb.canonicalize(model)
+    new = cpnb.canonicalize(model, skip=("0", "2"))
+    assert new[0] is new[2]
+    assert list(cpnb.cp_layers(new)) == ["3"]
+
+
 def test_from_layer_of_a_class_refuses_a_layer_of_another_kind():
     with pytest.raises(TypeError, match="expected a Conv2d for CPConv2d"):
         cpnb.CPConv2d.from_layer(nn.Conv1d(2, 3, 3), rank=2)

@@ -300,7 +300,7 @@ def test_rank_sweep_add_refuses_what_no_evaluation_gives(sweep, value):
         sweep.add({"fc": 1}, 0.5, {"fc": float("inf")})
     with pytest.raises(ValueError, match=r"ranks\['fc'\] is 4, expected 1 to 3"):
         sweep.point({"fc": 4})
-    with pytest.raises(ValueError, match=r"ranks\['fc'\] is 1.5, expected an int"):
+    with pytest.raises(TypeError, match=r"ranks\['fc'\] is 1.5, expected an int"):
         sweep.point({"fc": 1.5})
 
 

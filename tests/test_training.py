@@ -1,5 +1,6 @@
 """Training: the loop against plain torch, seeds, interruption, what it leaves alone."""
 
+import json
 import math
 import re
 from types import SimpleNamespace
@@ -366,3 +367,44 @@ def test_fast_mode_refuses_what_is_neither_yes_nor_no(monkeypatch):
     monkeypatch.setenv("CPNB_FAST", "fast")
     with pytest.raises(ValueError, match="CPNB_FAST is 'fast', expected 1 or 0"):
         fast_mode()
+
+
+class ViewNet(nn.Module):
+    """Flattens with ``view``, which the channels_last layout does not allow."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3)
+        self.fc = nn.Linear(4 * 36, 10)
+
+    def forward(self, images):
+        hidden = self.conv(images).relu()
+        return self.fc(hidden.view(hidden.size(0), -1))
+
+
+def test_fit_trains_a_network_that_calls_view(digits):
+    run = fit(ViewNet(), digits, epochs=1, progress=False)
+    assert run.status == "finished"
+    assert run.recipe["channels_last"] is False
+
+
+def test_fit_takes_a_single_image_left_over_into_the_batch_before():
+    """Batch norm cannot normalise one row, and the weights would be half trained."""
+    rows, labels = torch.randn(65, 6), torch.arange(65) % 3
+    model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    sizes = []
+    model.register_forward_pre_hook(
+        lambda module, inputs: sizes.append(len(inputs[0])) if module.training else None
+    )
+    run = fit(model, (rows, labels), epochs=1, batch_size=32, progress=False)
+    assert run.status == "finished"
+    assert sizes == [32, 33]
+
+
+def test_fit_takes_numpy_integers():
+    import numpy as np
+
+    pair = torch.randn(8, 6), torch.arange(8) % 3
+    counts = {"epochs": np.int64(1), "batch_size": np.int32(4), "seed": np.int64(0)}
+    run = fit(nn.Linear(6, 3), pair, **counts, progress=False)
+    assert json.loads(json.dumps(run.recipe))["batch_size"] == 4

@@ -66,6 +66,12 @@ def plan_positions(
         everything = (*sweep.ranks, GLOBAL) if ranks is None else tuple(sweep.ranks)
         layers = ranks if mapping else everything
     layers = list(layers)
+    unused = [name for name in ranks if name not in layers] if mapping else []
+    if unused:
+        raise ValueError(
+            f"ranks names {unused}, expected only the layers to cut: {layers}. Add "
+            "them to layers, or leave layers out."
+        )
     for name in [*layers, *(ranks if mapping else ())]:
         if name != GLOBAL:
             sweep.layer(name)

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from cpnb._checks import check_count
 from cpnb._sweep.files import read_sweep, sweep_content, write_sweep
 from cpnb._sweep.fingerprints import check_network
 from cpnb._sweep.points import GLOBAL, RankPoint, SweptLayer, point_row, total_error
@@ -246,9 +247,7 @@ class RankSweep:
     def _key(self, ranks: Mapping[str, int]) -> tuple[int, ...]:
         for name, rank in ranks.items():
             full = self.layer(name).rank
-            if isinstance(rank, bool) or not isinstance(rank, int):
-                raise ValueError(f"ranks[{name!r}] is {rank!r}, expected an int.")
-            if not 1 <= rank <= full:
+            if check_count(rank, f"ranks[{name!r}]") > full:
                 raise ValueError(
                     f"ranks[{name!r}] is {rank}, expected 1 to {full}, the rank of the "
                     "untruncated layer."
