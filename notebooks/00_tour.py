@@ -13,7 +13,7 @@
 #
 # **You need** a little Python and the idea of a convolution. No tensor algebra.
 #
-# **Time, measured on two busy CPU cores:** 0.3 minutes; fast mode does the same work.
+# **Time, measured on two CPU cores:** 0.3 minutes; fast mode 0.3.
 
 # %%
 import matplotlib.pyplot as plt
@@ -87,8 +87,8 @@ torch.testing.assert_close(
 print("same kernel, and the same output as torch's convolution with it")
 
 # %% [markdown]
-# **What does it save?** Component by component, a CP layer stores one number of each
-# vector's entries plus $\lambda_r$. The rank at which it holds as many parameters as
+# **What does it save?** For each component, a CP layer stores one number for each entry
+# of its vectors, plus its $\lambda_r$. The rank at which it holds as many parameters as
 # the dense kernel is its **break-even rank**. Every rank in this project is read
 # against it, because a CP layer above break-even compresses nothing.
 

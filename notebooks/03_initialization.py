@@ -14,7 +14,7 @@
 #
 # **You need** `01_cp_decomposition` and `02_canonical_weight_normalization`.
 #
-# **Time, measured on two CPU cores:** 2.9 minutes, 0.8 in fast mode.
+# **Time, measured on two CPU cores:** 2.9 minutes; fast mode 0.8.
 
 # %%
 import math

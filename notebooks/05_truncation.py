@@ -16,7 +16,7 @@
 #
 # **You need** `00_tour`; `01_cp_decomposition` helps.
 #
-# **Time, measured on two busy CPU cores:** 3.0 minutes, 1.1 in fast mode.
+# **Time, measured on two CPU cores:** 3.0 minutes; fast mode 1.1.
 
 # %%
 import matplotlib.pyplot as plt
@@ -299,18 +299,26 @@ plt.show()
 # %%
 lam_values, greedy_values = np.array(everywhere["lam"]), np.array(everywhere["greedy"])
 print("greedy minus top |λ|, in percentage points of accuracy")
+ahead, rest = {}, {}  # share kept → mean gain
 for n, share in enumerate(shares[:-1]):
     gain = 100 * (greedy_values[:, n] - lam_values[:, n])
-    mean, spread = gain.mean(), gain.std(ddof=1)
-    wins = f"ahead in {(gain > 0).sum()} of {len(nets)} networks"
-    print(f"{share:.0%} kept: {mean:+5.1f} ± {spread:4.1f}, {wins}")
+    mean, spread, wins = gain.mean(), gain.std(ddof=1), int((gain > 0).sum())
+    print(f"{share:.0%} kept: {mean:+5.1f} ± {spread:4.1f}, ", end="")
+    print(f"ahead in {wins} of {len(nets)} networks")
+    clear = mean > 1 and 5 * wins >= 4 * len(nets)
+    (ahead if clear else rest)[f"{share:.0%}"] = mean
+
+print("\nahead by more than one point, and in four fifths of the networks or more:")
+print(f"at {', '.join(ahead) or 'no share'} kept")
+for name, found in {"there": ahead, "elsewhere": rest}.items():
+    if found:
+        low, high = min(found.values()), max(found.values())
+        print(f"mean difference {name}: {low:+.1f} to {high:+.1f} points")
 
 # %% [markdown]
-# Read the table before believing either side. In the full run greedy is ahead in at
-# least four of five networks from 30 % to 60 %, by several points and with a spread of
-# the same size; elsewhere there is little between them. A smaller kernel error is a
-# reason to expect a higher accuracy and no guarantee of it: the error counts all
-# directions of a kernel alike, and the digits do not.
+# Read the table before believing either side, and each mean beside its spread. A
+# smaller kernel error is a reason to expect a higher accuracy and no guarantee of it:
+# the error counts all directions of a kernel alike, and the digits do not.
 #
 # ## 4. One layer at a time
 #
@@ -654,11 +662,11 @@ check_ranks(my_ranks_solution)
 # ## Summary
 #
 # Drop components by size, never by signed value. In networks trained in plain CP form
-# the λ are alike: greedy removal helps at moderate cuts, the choice of the *layer*
-# helps far more, and a fresh fit shows how much better the same rank could do. A longer
-# ALS fit is a better copy and a worse thing to cut. Training after the cut brings much
-# back, with a new optimizer, and has to be compared with a network that was small from
-# the start.
+# the λ are alike: whether greedy removal helps depends on the cut (the table of
+# section 3), the choice of the *layer* helps far more, and a fresh fit shows how much
+# better the same rank could do. A longer ALS fit is a better copy and a worse thing to
+# cut. Training after the cut brings much back, with a new optimizer, and has to be
+# compared with a network that was small from the start.
 #
 # **References.** Veeramacheneni, Wolter, Klein and Garcke, *Canonical convolutional
 # neural networks*, IJCNN 2022, [arXiv:2206.01509](https://arxiv.org/abs/2206.01509).
