@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -70,7 +71,8 @@ def als(
     began = time.perf_counter()
     if kernel.ndim < 3 or not kernel.any():
         # A matrix's best fit is its SVD; a zero kernel has nothing to fit.
-        return power_method(kernel, rank, generator=generator)
+        fit = power_method(kernel, rank, generator=generator)
+        return replace(fit, info=replace(fit.info, method="als"))
     norm = kernel.detach().double().norm()
     unit = kernel.detach().double() / norm
     factors = _start(start, unit, rank, generator)

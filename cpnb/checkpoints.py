@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from cpnb._files import replacing
 from cpnb.surgery import cp_layers
 
 _FORMAT = "cpnb-checkpoint-1"
@@ -48,12 +49,8 @@ def save_model(model: nn.Module, path: str | PathLike[str]) -> None:
         "model": type(model).__name__,
         "ranks": json.dumps(ranks),
     }
-    partial = path.with_name(f".{path.name}.partial")
-    try:
+    with replacing(path) as partial:
         save_file(state, partial, metadata)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def load_weights(model: nn.Module, path: str | PathLike[str]) -> nn.Module:

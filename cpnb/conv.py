@@ -84,6 +84,11 @@ class _CPConv(CPLayer):
         batched = images.ndim == len(self.kernel_shape)
         batch = images if batched else images[None]
         lam, factors = self._folded_lam(), self._padded_factors()
+        if batch.shape[1] != self.in_channels:
+            raise RuntimeError(
+                f"images have shape {tuple(images.shape)}, expected {self.in_channels} "
+                "channels."
+            )
         if batch.ndim != 4:
             output = conv_chain(batch, lam, factors, self.bias, **geometry)
             return output if batched else output[0]

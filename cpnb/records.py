@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from cpnb._files import replacing
+
 FORMAT, VERSION = "cpnb run", 1
 STATUSES = ("finished", "interrupted", "diverged")
 MEASURES = (
@@ -99,13 +101,8 @@ class Run:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the run to a JSON file; a crash leaves the old file or the new one."""
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
+        with replacing(path) as temporary:
             temporary.write_text(self.to_json(), encoding="utf-8")
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Run:

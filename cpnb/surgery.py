@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import nn
 
+from cpnb._checks import check_module
 from cpnb.base import CPLayer
 from cpnb.conv import CPConv1d, CPConv2d, CPConv3d
 from cpnb.conversion import convert_layer, is_weighted, refusal
@@ -90,6 +91,7 @@ def canonicalize(
       (2): Linear(in_features=8, out_features=2, bias=True)
     )
     """
+    check_module(model)
     skipped = skip_rule(model, skip)
     names = [
         name
@@ -154,6 +156,7 @@ def cp_layers(model: nn.Module) -> dict[str, CPLayer]:
     >>> list(cp_layers(nn.Sequential(CPLinear(8, 4), nn.ReLU(), CPLinear(4, 2))))
     ['0', '2']
     """
+    check_module(model)
     modules = model.named_modules()
     return {name: layer for name, layer in modules if isinstance(layer, CPLayer)}
 
@@ -171,6 +174,11 @@ def skip_rule(model: nn.Module, skip: Skip) -> Callable[[str, nn.Module], bool]:
     """Turn names to skip into a predicate; refuse names that are no layer."""
     if callable(skip):
         return skip
+    if not isinstance(skip, Iterable):
+        raise TypeError(
+            f"skip is {skip!r}, expected layer names or a predicate (name, layer) -> "
+            "bool."
+        )
     names = {skip} if isinstance(skip, str) else set(skip)
     modules = model.named_modules(remove_duplicate=False)
     known = {name for name, layer in modules if is_weighted(layer)}

@@ -107,6 +107,13 @@ def component_order(layer: CPLayer, key: str = "lam") -> Tensor:
     Raises:
         ValueError: If ``key`` is unknown or a parameter is not finite.
     """
+    if not isinstance(layer, CPLayer):
+        raise TypeError(f"layer is a {type(layer).__name__}, expected a CP layer.")
+    if nn.utils.parametrize.is_parametrized(layer):
+        raise TypeError(
+            f"layer is a parametrized {type(layer).__name__}, whose parameters cannot "
+            "be cut. Call torch.nn.utils.parametrize.remove_parametrizations first."
+        )
     if key not in KEYS:
         raise ValueError(f"key is {key!r}, expected one of {KEYS}.")
     lam, units = _float64_components(layer)

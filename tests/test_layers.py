@@ -243,9 +243,12 @@ def test_gradient_reaches_every_parameter_and_units_survive_steps(mode, optimize
         for name, parameter in layer.named_parameters():
             assert parameter.grad.abs().max() > 0, name
         steps.step()
-        _, units = layer.components()
-        for unit in units:
-            assert_close(unit.norm(dim=0), torch.ones(6, dtype=torch.float64))
+        units = [f / f.norm(dim=0) for f in layer.factors]
+        lam = layer.scale * layer.lam
+        kernel = torch.einsum("r,or,ir,hr,wr->oihw", lam, *units)
+        assert_close(layer.weight, kernel)
+        for unit, found in zip(units, layer.components()[1], strict=True):
+            assert_close(found, unit)
     assert (layer.lam[::2] < 0).any()  # signs are kept, not folded away
     assert_close(layer.weight, layer.to_dense().weight)
 
@@ -511,6 +514,13 @@ def test_half_precision_and_autocast_agree_with_the_dense_layer(dtype):
 def test_layers_refuse_bad_arguments_with_a_clear_error(call, error, text):
     with pytest.raises(error, match=text):
         call()
+
+
+@pytest.mark.parametrize("mode", ["dense", "chain"])
+def test_conv_says_that_the_channels_are_wrong(mode):
+    layer = cpnb.CPConv2d(3, 4, 3, forward_mode=mode)
+    with pytest.raises(RuntimeError, match="3 channels"):
+        layer(torch.zeros(2, 5, 6, 6))
 
 
 def test_weight_is_read_only():

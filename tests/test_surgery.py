@@ -157,6 +157,7 @@ def with_hook():
         ),
         (nn.ReLU(), {}, ValueError, "ReLU with no convolution or linear layer"),
         (Block(), {"skip": "convv"}, ValueError, r"skip names \['convv'\], expected"),
+        (Block(), {"skip": 3}, TypeError, "skip is 3, expected layer names or a pred"),
         (Block(), {"rank": 0}, ValueError, "rank is 0"),
         (
             Block(),

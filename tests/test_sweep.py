@@ -366,6 +366,7 @@ def _without(name):
         (_changed(format="cpnb run"), "has the format 'cpnb run', expected"),
         (_changed(version=99), "has version 99 of the format, expected 1"),
         (_without("layers"), "damaged rank sweep: 'layers'"),
+        (_changed(provenance=None), "damaged rank sweep: provenance is None, expected"),
         (_without("key"), "damaged rank sweep.*'key'"),
         (_changed(accuracy=[[1, 1, 1, 7.0]]), "damaged rank sweep: accuracy is 7.0"),
         (_changed(accuracy=[[1, 1, 0.5]]), "damaged rank sweep"),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cpnb._experiments.cells import Cell, Experiment
+from cpnb._files import replacing
 from cpnb.records import MEASURES, Run
 
 FORMAT, VERSION = "cpnb experiment", 1
@@ -73,12 +74,8 @@ def write_record(record: Record, path: str | os.PathLike[str]) -> None:
     head = json.dumps({**record, "cells": []}, indent=1, allow_nan=False)
     text = head.replace('"cells": []', f'"cells": [\n{lines}\n]') + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def key(cell: Cell | dict[str, Any]) -> tuple[str, str, float, int]:

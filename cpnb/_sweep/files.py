@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cpnb._files import replacing
 from cpnb._sweep.points import SweptLayer
 
 if TYPE_CHECKING:
     from cpnb._sweep.table import RankSweep
 
 FORMAT, VERSION = "cpnb rank sweep", 1
+_KINDS = {
+    "other_parameters": int,
+    "key": str,
+    "refit": bool,
+    "fingerprint": str,
+    "provenance": dict,
+    "status": str,
+}
 AGAIN = "Make it again with rank_sweep(model, data).save(path)."
 
 
@@ -42,7 +50,6 @@ def write_sweep(path: str | os.PathLike[str], content: dict[str, Any]) -> None:
         path: Target; its folder must exist.
         content: JSON-serialisable, without NaN.
     """
-    path = Path(path)
     document = {"format": FORMAT, "version": VERSION, **content}
     # One line per entry: small, and a change stays readable in a diff.
     lines = ",\n".join(
@@ -50,15 +57,8 @@ def write_sweep(path: str | os.PathLike[str], content: dict[str, Any]) -> None:
         + json.dumps(entry, allow_nan=False, separators=(",", ":"))
         for name, entry in document.items()
     )
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(f"{{\n{lines}\n}}\n")
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with replacing(path) as temporary:
+        temporary.write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
 
 
 def read_sweep(path: str | os.PathLike[str], cls: type[RankSweep]) -> RankSweep:
@@ -100,6 +100,9 @@ def read_sweep(path: str | os.PathLike[str], cls: type[RankSweep]) -> RankSweep:
 
 
 def _from_content(cls: type[RankSweep], content: dict[str, Any]) -> RankSweep:
+    for name, kind in _KINDS.items():
+        if not isinstance(content[name], kind):
+            raise TypeError(f"{name} is {content[name]!r}, expected {kind.__name__}")
     accuracy, errors = content.pop("accuracy"), content.pop("errors")
     layers = tuple(
         SweptLayer(**{**layer, "kernel_shape": tuple(layer["kernel_shape"])})
