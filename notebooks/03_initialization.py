@@ -14,7 +14,7 @@
 #
 # **You need** `01_cp_decomposition` and `02_canonical_weight_normalization`.
 #
-# **Time, measured on two CPU cores:** 2.9 minutes; fast mode 0.8.
+# **Time, measured on two CPU cores:** 2.3 minutes; fast mode 0.6.
 
 # %%
 import math
