@@ -62,6 +62,21 @@ def check_same_dtype(lam: Tensor, factors: Sequence[Tensor]) -> None:
             )
 
 
+def check_decomposable(kernel: Tensor) -> None:
+    """Raise unless there is something to decompose: finite, order ≥ 2, not zero."""
+    check_kernel(kernel)
+    if kernel.ndim < 2:
+        raise ValueError(
+            f"kernel has shape {tuple(kernel.shape)}, expected at least two modes. A "
+            "vector is its own decomposition."
+        )
+    if not kernel.any():
+        raise ValueError(
+            "kernel is zero everywhere, expected something to decompose. Use a random "
+            "start such as cpnb.unified, or set λ to zero."
+        )
+
+
 def check_factors(factors: Sequence[Tensor]) -> None:
     if not len(factors):
         raise ValueError("factors is empty, expected one (size, rank) matrix per mode.")

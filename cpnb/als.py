@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from cpnb._checks import check_kernel
+from cpnb._checks import check_decomposable
 from cpnb.cp import khatri_rao, normalize_columns
 from cpnb.decomposition import CPResult, decomposed, power_method, random_units
 from cpnb.ranks import Rank, resolve_rank
@@ -37,7 +37,7 @@ def als(
     the sweeps needed. The best factors met are returned.
 
     Args:
-        kernel: Any order ≥ 1.
+        kernel: Any order ≥ 2.
         rank: Number of components, or any rank `cpnb.resolve_rank` takes.
         sweeps: At most this many passes over all modes.
         damping: Weight of the factor norms relative to the squared error.
@@ -56,8 +56,8 @@ def als(
 
     Raises:
         TypeError: If ``kernel`` is not a floating-point tensor or ``rank`` no rank.
-        ValueError: If ``kernel`` has NaN or infinite entries, or an option is out of
-            range.
+        ValueError: If ``kernel`` is zero, a vector or not finite, or an option is out
+            of range.
         ArithmeticError: If every retry ended in NaN or infinity.
 
     Source: Kolda & Bader 2009, doi:10.1137/07070111X, section 3.4; extrapolation with
@@ -69,8 +69,7 @@ def als(
     if start not in STARTS:
         raise ValueError(f"start is {start!r}, expected one of {STARTS}.")
     began = time.perf_counter()
-    if kernel.ndim < 3 or not kernel.any():
-        # A matrix's best fit is its SVD; a zero kernel has nothing to fit.
+    if kernel.ndim == 2:  # a matrix's best fit is its SVD
         fit = power_method(kernel, rank, generator=generator)
         return replace(fit, info=replace(fit.info, method="als"))
     norm = kernel.detach().double().norm()
@@ -97,7 +96,7 @@ def check_fit_options(
     kernel: Tensor, rank: Rank, generator: torch.Generator | None, **numbers: float
 ) -> int:
     """Check what every iterative fit takes; returns the rank as an int."""
-    check_kernel(kernel)
+    check_decomposable(kernel)
     for name, value in numbers.items():
         least = 1 if name == "sweeps" else 0
         if not value >= least:

@@ -28,7 +28,7 @@ def bounded_als(
     of an ``R × R`` matrix.
 
     Args:
-        kernel: Any order ≥ 1.
+        kernel: Any order ≥ 2.
         rank: Number of components, or any rank `cpnb.resolve_rank` takes.
         max_error: Bound on the relative error; None takes what `als` reaches.
         sweeps: At most this many passes over all modes.
@@ -40,8 +40,8 @@ def bounded_als(
 
     Raises:
         TypeError: If ``kernel`` is not a floating-point tensor or ``rank`` no rank.
-        ValueError: If ``kernel`` has NaN or infinite entries, or an option is out of
-            range.
+        ValueError: If ``kernel`` is zero, a vector or not finite, or an option is out
+            of range.
 
     Source: Phan et al. 2020, arXiv:2008.05441 (error-preserving correction); the update
     is re-derived as a ridge whose weight meets the bound.
@@ -53,7 +53,7 @@ def bounded_als(
         )
     began = time.perf_counter()
     first = als(kernel, rank, generator=generator)
-    if kernel.ndim < 3 or not kernel.any():
+    if kernel.ndim == 2:
         return first
     norm = kernel.detach().double().norm()
     bound = first.relative_error * (1 + 1e-9) if max_error is None else max_error

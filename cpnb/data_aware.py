@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cpnb._checks import check_kernel
+from cpnb._checks import check_decomposable, check_kernel
 from cpnb.als import als
 from cpnb.cp import khatri_rao, normalize_columns, rebuild
 from cpnb.decomposition import CPResult, decomposed
@@ -81,11 +81,11 @@ def data_aware_als(
         ValueError: If a tensor is not finite or of the wrong shape, or a number is out
             of range.
     """
-    check_kernel(kernel)
+    check_decomposable(kernel)
     check_kernel(covariance, "covariance")
     rank = resolve_rank(rank, kernel.shape, kernel, generator=generator)
     fan_in = kernel[0].numel()
-    if kernel.ndim < 2 or covariance.shape != (fan_in, fan_in):
+    if covariance.shape != (fan_in, fan_in):
         raise ValueError(
             f"covariance has shape {tuple(covariance.shape)}, expected ({fan_in}, "
             f"{fan_in}) for a kernel of shape {tuple(kernel.shape)}. Make it with "
@@ -98,8 +98,6 @@ def data_aware_als(
         )
     began = time.perf_counter()
     first = als(kernel, rank, generator=generator)
-    if not kernel.any():
-        return first
     work = kernel.detach().double()
     moments = covariance.detach().to(work)
     moments = moments + ridge * moments.diagonal().mean() * torch.eye(

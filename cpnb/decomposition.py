@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cpnb._checks import check_kernel
+from cpnb._checks import check_decomposable
 from cpnb.cp import (
     inverse_norms,
     khatri_rao,
@@ -31,7 +31,7 @@ class DecompositionInfo:
 
     Attributes:
         method: Name of the function.
-        relative_error: ``‖W − Ŵ‖_F / ‖W‖_F``, 0 for a zero kernel.
+        relative_error: ``‖W − Ŵ‖_F / ‖W‖_F``.
         iterations: Sweeps done; for the greedy method over all components.
         seconds: Wall-clock time.
         degeneracy: λ_max, energy, worst cosine, sensitivity and whether all is finite.
@@ -72,7 +72,7 @@ class CPResult:
 
     @property
     def relative_error(self) -> float:
-        """``‖W − Ŵ‖_F / ‖W‖_F`` (0 for a zero kernel)."""
+        """``‖W − Ŵ‖_F / ‖W‖_F``."""
         return self.info.relative_error
 
 
@@ -93,7 +93,7 @@ def power_method(
     Once nothing is left, further components get λ = 0 and random unit directions.
 
     Args:
-        kernel: Any order ≥ 1.
+        kernel: Any order ≥ 2.
         rank: Number of components, or any rank `cpnb.resolve_rank` takes.
         restarts: Random starts per component.
         sweeps: Power sweeps per start.
@@ -104,13 +104,13 @@ def power_method(
 
     Raises:
         TypeError: If ``kernel`` is not a floating-point tensor or ``rank`` no rank.
-        ValueError: If ``kernel`` has NaN or infinite entries, or ``rank``,
+        ValueError: If ``kernel`` is zero, a vector or not finite, or ``rank``,
             ``restarts`` or ``sweeps`` is below 1.
 
     Source: Veeramacheneni et al. 2022, arXiv:2206.01509 (power-method initialisation;
     10 restarts of 10 sweeps).
     """
-    check_kernel(kernel)
+    check_decomposable(kernel)
     rank = resolve_rank(rank, kernel.shape, kernel, generator=generator)
     for name, value in (("restarts", restarts), ("sweeps", sweeps)):
         if value < 1:
@@ -186,16 +186,11 @@ def _greedy_terms(
         # Their length does not matter: each update normalises.
         starts = random_units(sum(kernel.shape), restarts, generator, kernel)
         lam, vectors = _rank_one(residual, list(starts.split(kernel.shape)), sweeps)
-        outer = khatri_rao([v[:, None] for v in vectors[1:]] or [kernel.new_ones(1, 1)])
+        outer = khatri_rao([v[:, None] for v in vectors[1:]])
         residual.addr_(vectors[0], outer[:, 0], alpha=-lam.item())
         terms.append((lam, vectors))
-    lams = [lam for lam, _ in terms]
-    lam = torch.stack(lams) if terms else kernel.new_zeros(0)
     columns = [[vectors[n] for _, vectors in terms] for n in range(kernel.ndim)]
-    return lam, [
-        torch.stack(c, 1) if terms else kernel.new_zeros(n, 0)
-        for c, n in zip(columns, kernel.shape, strict=True)
-    ]
+    return torch.stack([lam for lam, _ in terms]), [torch.stack(c, 1) for c in columns]
 
 
 def _unit(columns: Tensor) -> Tensor:
@@ -211,9 +206,6 @@ def _rank_one(
     shared by the updates of all other modes: two matrix products per sweep.
     """
     first, *others = vectors
-    if not others:  # order 1: the vector itself
-        lam = unfolded.norm()
-        return lam, [unfolded[:, 0] / lam]
     for _ in range(sweeps):
         contracted = unfolded.T @ first
         for n, vector in enumerate(others):

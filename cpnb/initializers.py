@@ -223,5 +223,14 @@ def _fitted(
         lam = torch.zeros(rank, device=weight.device, dtype=weight.dtype)
         lam[0] = weight.flatten()[0]
         return lam, []
-    result = method(weight.reshape(sizes), rank, generator=generator)
-    return result.lam, result.factors
+    kernel = weight.reshape(sizes)
+    if kernel.ndim > 1 and kernel.any():
+        result = method(kernel, rank, generator=generator)
+        return result.lam, result.factors
+    # A vector is its own first component; a zero kernel has none, only directions.
+    lam = kernel.new_zeros(rank)
+    factors = [random_units(n, rank, generator, kernel) for n in sizes]
+    if kernel.any():
+        lam[0] = kernel.norm()
+        factors[0][:, 0] = kernel / lam[0]
+    return lam, factors

@@ -107,7 +107,7 @@ def _greedy_count(
     check_kernel(kernel)
     residual = kernel.detach().double()
     whole = residual.square().sum()
-    if not whole:
+    if not whole or residual.ndim < 2:
         return 1
     if residual.ndim == 2:  # the power method's limit, from its singular values alone
         squares = torch.linalg.svdvals(residual).square()

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 from torch.testing import assert_close
 
 import cpnb
@@ -278,14 +279,27 @@ def test_decomposition_repeats_bit_for_bit_and_leaves_the_global_generator(metho
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("method", [cpnb.power_method, cpnb.als])
-@pytest.mark.parametrize("shape", [(4, 3, 2), (4, 3), (5,)], ids=str)
-def test_decomposition_of_a_zero_kernel_is_zero_with_directions(method, shape):
-    result = method(torch.zeros(shape), 2, generator=seeded())
-    assert result.lam.tolist() == [0, 0]
-    assert result.relative_error == 0
-    for factor in result.factors:
-        assert_close(factor.norm(dim=0), torch.ones(2))
+@pytest.mark.parametrize(
+    "method", [cpnb.power_method, cpnb.als, cpnb.bounded_als], ids=lambda m: m.__name__
+)
+def test_decompositions_refuse_what_cannot_be_decomposed(method):
+    with pytest.raises(ValueError, match="kernel is zero everywhere, expected somet"):
+        method(torch.zeros(4, 3, 2), 2)
+    with pytest.raises(ValueError, match=r"kernel has shape \(5,\), expected at least"):
+        method(torch.ones(5), 2)
+
+
+@pytest.mark.parametrize("init", ["power", "als"])
+def test_fitted_starts_are_exact_for_zero_kernels_and_vectors(init):
+    zero = nn.Conv2d(2, 4, 3)
+    nn.init.zeros_(zero.weight)
+    layer = cpnb.from_layer(zero, rank=3, init=init)
+    assert not layer.weight.any()
+    for factor in layer.factors:
+        assert_close(factor.norm(dim=0).detach(), torch.ones(3))
+    vector = nn.Linear(5, 1)
+    layer = cpnb.from_layer(vector, rank=2, init=init)
+    assert_close(layer.weight, vector.weight)
 
 
 def test_power_method_pads_with_zero_lambda_when_nothing_is_left():

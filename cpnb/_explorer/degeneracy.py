@@ -18,7 +18,7 @@ from matplotlib.ticker import FuncFormatter, MultipleLocator, NullFormatter
 from PIL import Image
 from torch import Tensor
 
-from cpnb._checks import check_kernel
+from cpnb._checks import check_decomposable
 from cpnb._explorer.controls import Control, close_previous
 from cpnb._explorer.degeneracy_state import (
     DegeneracyPoint,
@@ -129,7 +129,7 @@ class DegeneracyExplorer(ipywidgets.VBox):
 
     def __init__(self, kernel: Tensor, max_rank: int | float | str = "same") -> None:
         """Build the sliders at the largest rank, without ridge."""
-        check_kernel(kernel)
+        check_decomposable(kernel)
         if kernel.ndim < 3:
             raise ValueError(
                 f"kernel has shape {tuple(kernel.shape)}, expected order 3 or more. A "
