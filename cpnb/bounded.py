@@ -53,8 +53,6 @@ def bounded_als(
         )
     began = time.perf_counter()
     first = als(kernel, rank, generator=generator)
-    if kernel.ndim == 2:
-        return first
     norm = kernel.detach().double().norm()
     bound = first.relative_error * (1 + 1e-9) if max_error is None else max_error
     bound, unit = max(bound, 1e-7), kernel.detach().double() / norm

@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cpnb._checks import check_decomposable, check_kernel
-from cpnb.als import als
+from cpnb._checks import check_kernel
+from cpnb.als import als, check_fit_options
 from cpnb.cp import khatri_rao, normalize_columns, rebuild
 from cpnb.decomposition import CPResult, decomposed
 from cpnb.initializers import CPForm
-from cpnb.ranks import Rank, resolve_rank
+from cpnb.ranks import Rank
 
 
 def input_covariance(layer: nn.Module, inputs: Tensor) -> Tensor:
@@ -81,20 +81,16 @@ def data_aware_als(
         ValueError: If a tensor is not finite or of the wrong shape, or a number is out
             of range.
     """
-    check_decomposable(kernel)
+    rank = check_fit_options(
+        kernel, rank, generator, sweeps=sweeps, ridge=ridge, tol=tol
+    )
     check_kernel(covariance, "covariance")
-    rank = resolve_rank(rank, kernel.shape, kernel, generator=generator)
     fan_in = kernel[0].numel()
     if covariance.shape != (fan_in, fan_in):
         raise ValueError(
             f"covariance has shape {tuple(covariance.shape)}, expected ({fan_in}, "
             f"{fan_in}) for a kernel of shape {tuple(kernel.shape)}. Make it with "
             "input_covariance."
-        )
-    if sweeps < 1 or not ridge >= 0 or not tol >= 0:
-        raise ValueError(
-            f"sweeps is {sweeps}, ridge is {ridge}, tol is {tol}; expected sweeps >= 1 "
-            "and the others >= 0."
         )
     began = time.perf_counter()
     first = als(kernel, rank, generator=generator)

@@ -54,7 +54,8 @@ def unified(
         ``lam`` of shape ``(rank,)`` and unit factors ``(size_n, rank)``.
 
     Raises:
-        ValueError: If ``mode`` or ``nonlinearity`` is unknown.
+        TypeError: If ``rank`` is no int.
+        ValueError: If ``rank`` or a size is below 1, or a name unknown.
 
     Source: Pan et al. 2022, arXiv:2205.15307 (fan-in and fan-out rules); the
     unit-column form is re-derived from them, not read in the paper.

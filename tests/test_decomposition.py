@@ -241,6 +241,15 @@ def test_bounded_als_meets_its_bound_on_the_border_rank_kernel(max_error):
     assert not held.info.degeneracy.degenerate
 
 
+def test_bounded_als_of_a_matrix_uses_the_error_it_is_allowed():
+    matrix = random_kernel((7, 5))
+    held = cpnb.bounded_als(matrix, 5, max_error=0.3)
+    assert held.info.method == "bounded_als"
+    assert held.relative_error == pytest.approx(0.3, rel=1e-3)
+    exact = torch.linalg.svdvals(matrix).square().sum()
+    assert held.lam.square().sum() < 0.9 * exact
+
+
 def test_bounded_als_of_a_healthy_kernel_finds_its_own_components():
     """Orthogonal components have the least energy there is: nothing to gain."""
     factors = [torch.eye(n, dtype=torch.float64)[:, :3] for n in (5, 4, 3)]
