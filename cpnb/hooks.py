@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
 from torch import nn
 from torch.optim import Optimizer
 
@@ -29,7 +32,36 @@ class Hook:
     def stop(self, model: nn.Module) -> None:
         """Called once at the end, also after an error or Ctrl-C."""
 
+    def __repr__(self) -> str:
+        """Name of the class, as it goes into the recipe of a run; add the settings."""
+        return f"{type(self).__name__}()"
+
 
 def model_hooks(model: nn.Module) -> list[Hook]:
     """Hooks that came with the model, as of ``normalize(model, "scaling")``."""
     return list(getattr(model, "training_hooks", ()))
+
+
+def check_hooks(hooks: Sequence[Hook]) -> list[Hook]:
+    """The hooks as a list; raise unless that is what they are."""
+    if isinstance(hooks, Hook):
+        raise TypeError("hooks is a single hook, expected a list: hooks=[hook].")
+    for n, hook in enumerate(hooks):
+        if not isinstance(hook, Hook):
+            raise TypeError(
+                f"hooks[{n}] is a {type(hook).__name__}, expected a cpnb.hooks.Hook. "
+                "Derive it from Hook and override what is needed."
+            )
+    return list(hooks)
+
+
+@contextmanager
+def running(
+    hooks: Sequence[Hook], model: nn.Module, optimizer: Optimizer
+) -> Iterator[None]:
+    """Start the hooks; stop those that were started, last first, whatever happens."""
+    with ExitStack() as stack:
+        for hook in hooks:
+            hook.start(model, optimizer)
+            stack.callback(hook.stop, model)
+        yield

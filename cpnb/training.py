@@ -15,21 +15,15 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from cpnb._checks import check_count, check_module
-from cpnb.evaluation import (
-    check_scores,
-    evaluate,
-    evaluation_mode,
-    images_and_labels,
-    place,
-    preserved_flags,
-)
+from cpnb._training.batches import Pair, batches_of, training_pairs
+from cpnb.evaluation import evaluate, preserved_flags
+from cpnb.hooks import Hook, check_hooks, model_hooks, running
 from cpnb.optimizers import build_optimizer
 from cpnb.randomness import seeded
 from cpnb.records import Run, provenance
 
 SCHEDULES = (None, "cosine")
 
-Pair = tuple[Tensor, Tensor]
 Callback = Callable[[int, nn.Module, dict[str, float | None]], Any]
 
 
@@ -46,6 +40,7 @@ def fit(
     weight_decay: float = 0.0,
     schedule: str | None = "cosine",
     seed: int = 0,
+    hooks: Sequence[Hook] = (),
     channels_last: bool = True,
     callback: Callback | None = None,
     progress: bool = True,
@@ -81,6 +76,8 @@ def fit(
         weight_decay: Weight decay.
         schedule: ``"cosine"`` anneals the learning rate to 0; None keeps it constant.
         seed: Seed of the image order and of dropout.
+        hooks: Called around each step, after those that came with the model; see
+            :class:`cpnb.hooks.Hook`.
         channels_last: Store the colours of an image innermost, which convolution and
             pooling run faster on, unless the network fails on it, as one that calls
             ``view`` does.
@@ -100,6 +97,7 @@ def fit(
     seed = check_count(seed, "seed", least=0)
     if schedule not in SCHEDULES:
         raise ValueError(f'schedule is {schedule!r}, expected None or "cosine".')
+    hooks = [*model_hooks(model), *check_hooks(hooks)]
     if callback is not None and not callable(callback):
         raise TypeError(
             f"callback is a {type(callback).__name__}, expected a function of epoch, "
@@ -108,9 +106,9 @@ def fit(
     trained = [p for p in model.parameters() if p.requires_grad]
     descent, settings = build_optimizer(optimizer, trained, lr, momentum, weight_decay)
 
-    pairs, channels_last = _pairs(model, data, validation, channels_last)
+    pairs, channels_last = training_pairs(model, data, validation, channels_last)
     labels = pairs[0][1]
-    steps = epochs * len(_batches(torch.arange(len(labels)), batch_size))
+    steps = epochs * len(batches_of(torch.arange(len(labels)), batch_size))
     cosine = CosineAnnealingLR(descent, steps) if schedule == "cosine" else None
     run = Run(
         status="finished",
@@ -126,6 +124,7 @@ def fit(
             **settings,
             "schedule": schedule,
             "seed": seed,
+            "hooks": [str(hook) for hook in hooks],
             "channels_last": channels_last,
         },
         provenance=provenance(labels.device),
@@ -135,15 +134,17 @@ def fit(
         _progress_bar(epochs * len(labels), progress) as bar,
         seeded(seed, labels.device),
         preserved_flags(model),
+        running(hooks, model, descent),
     ):
         try:
             for epoch in range(1, epochs + 1):
                 bar.set_description(f"epoch {epoch}/{epochs}", refresh=False)
                 start = time.perf_counter()
                 order = torch.randperm(len(labels), generator=shuffle)
-                batches = _batches(order.to(labels.device), batch_size)
+                batches = batches_of(order.to(labels.device), batch_size)
+                first = (epoch - 1) * len(batches)
                 loss, share = _train_epoch(
-                    model, pairs[0], batches, descent, cosine, bar
+                    model, pairs[0], batches, descent, cosine, hooks, first, bar
                 )
                 seconds = time.perf_counter() - start
                 held_out = evaluate(model, pairs[1]) if len(pairs) > 1 else {}
@@ -189,19 +190,27 @@ def _train_epoch(
     batches: Sequence[Tensor],
     descent: Optimizer,
     cosine: CosineAnnealingLR | None,
+    hooks: Sequence[Hook],
+    first: int,
     bar: Any,
 ) -> tuple[float, float]:
     """One step per batch of indices; mean loss and accuracy as they were on the way."""
     images, labels = pair
     loss_sum, correct = torch.zeros((2, 1), device=labels.device).unbind()
     model.train()
-    for index in batches:
+    for step, index in enumerate(batches, first):
+        for hook in hooks:
+            hook.before_forward(model, step)
         target = labels[index]
         scores = model(images[index])
         loss = F.cross_entropy(scores, target)
         descent.zero_grad()
         loss.backward()
+        for hook in hooks:
+            hook.before_step(model, descent, step)
         descent.step()
+        for hook in hooks:
+            hook.after_step(model, descent, step)
         if cosine is not None:
             cosine.step()
         # Added up on the device: to read a number back would be to wait for it.
@@ -222,36 +231,3 @@ def _progress_bar(total: int, progress: bool) -> Any:
     from tqdm import tqdm
 
     return tqdm(total=total, disable=not progress, unit=" images", mininterval=0.5)
-
-
-def _batches(order: Tensor, batch_size: int) -> list[Tensor]:
-    """Indices of each step's images."""
-    batches = list(order.split(batch_size))
-    if len(batches) > 1 and len(batches[-1]) == 1:
-        batches[-2:] = [torch.cat(batches[-2:])]
-    return batches
-
-
-def _pairs(
-    model: nn.Module, data: Any, validation: Pair | None, channels_last: bool
-) -> tuple[list[Pair], bool]:
-    """The pair to train on, the one to validate on if there is one, and the layout."""
-    given = [images_and_labels(data, "train")]
-    if validation is None and hasattr(data, "validation"):
-        validation = data.validation
-    if validation is not None:
-        given.append(images_and_labels(validation))
-    largest = max(int(labels.max()) for _, labels in given)
-    for layout in (True, False) if channels_last else (False,):
-        pairs = [place(pair, model, channels_last=layout) for pair in given]
-        # One image is scored now, so that a misfit shows before anything changes.
-        try:
-            with evaluation_mode(model), torch.no_grad():
-                for images, _ in pairs:
-                    check_scores(model(images[:1]), 1, largest)
-        except RuntimeError:
-            if not layout:
-                raise
-        else:
-            break
-    return pairs, layout

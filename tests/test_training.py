@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from cpnb.data import load_data
 from cpnb.evaluation import accuracy, evaluate
+from cpnb.hooks import Hook
 from cpnb.models import DigitsNet
 from cpnb.surgery import canonicalize
 from cpnb.training import fast_mode, fit
@@ -305,6 +306,7 @@ def test_fit_recipe_names_what_was_used():
         "weight_decay": 0.0,
         "schedule": "cosine",
         "seed": 0,
+        "hooks": [],
         "channels_last": True,
     }
     assert run.recipe == expected
@@ -328,6 +330,8 @@ def test_fit_recipe_names_what_was_used():
         ({"optimizer": list}, TypeError, "optimizer returned a list, expected a torch"),
         ({"schedule": "step"}, ValueError, "schedule is 'step', expected None or \"co"),
         ({"callback": 1}, TypeError, "callback is a int, expected a function of epoch"),
+        ({"hooks": [len]}, TypeError, "hooks[0] is a builtin_function_or_method, exp"),
+        ({"hooks": Hook()}, TypeError, "hooks is a single hook, expected a list"),
         ({"data": "digits"}, TypeError, "data is a str, expected a data set"),
         ({"data": pair(classes=9)}, ValueError, "labels contain class 8, but the mod"),
         ({"validation": pair(classes=9)}, ValueError, "labels contain class 8, but"),
@@ -408,3 +412,65 @@ def test_fit_takes_numpy_integers():
     counts = {"epochs": np.int64(1), "batch_size": np.int32(4), "seed": np.int64(0)}
     run = fit(nn.Linear(6, 3), pair, **counts, progress=False)
     assert json.loads(json.dumps(run.recipe))["batch_size"] == 4
+
+
+class Diary(Hook):
+    """Writes down every call, and can end the training in a step."""
+
+    def __init__(self, name="", ending=None, at=None):
+        self.name, self.ending, self.at, self.calls = name, ending, at, []
+
+    def start(self, model, optimizer):
+        self.calls.append("start")
+
+    def before_forward(self, model, step):
+        self.calls.append(f"forward {step}")
+
+    def before_step(self, model, optimizer, step):
+        self.calls.append(f"step {step}")
+        if step == self.at:
+            raise self.ending
+
+    def after_step(self, model, optimizer, step):
+        self.calls.append(f"after {step}")
+
+    def stop(self, model):
+        self.calls.append("stop")
+
+
+def test_fit_calls_hooks_around_each_step_and_those_of_the_model_too():
+    model, given, own = small_net(), Diary(), Diary()
+    model.training_hooks = [own]
+    run = fit(model, pair(), epochs=2, batch_size=15, hooks=[given], **QUIET)
+    steps = [f"{what} {n}" for n in range(4) for what in ("forward", "step", "after")]
+    assert given.calls == own.calls == ["start", *steps, "stop"]
+    assert run.recipe["hooks"] == ["Diary()", "Diary()"]
+
+
+def test_fit_hooks_change_gradients_before_and_weights_after_the_step():
+    class Freeze(Hook):
+        def before_step(self, model, optimizer, step):
+            model[0].weight.grad.zero_()
+
+        def after_step(self, model, optimizer, step):
+            with torch.no_grad():
+                model[2].bias.fill_(step)
+
+    model, before = small_net(), small_net()
+    fit(model, pair(), epochs=1, batch_size=10, hooks=[Freeze()], **SGD, **QUIET)
+    assert torch.equal(model[0].weight, before[0].weight)
+    assert not torch.equal(model[0].bias, before[0].bias)
+    assert model[2].bias.tolist() == [2, 2, 2]
+
+
+@pytest.mark.parametrize("ending", [KeyboardInterrupt(), ArithmeticError("here")])
+def test_fit_stops_hooks_once_whatever_happens(ending):
+    hook = Diary(ending=ending, at=1)
+    arguments = {"epochs": 2, "batch_size": 15, "hooks": [hook], **QUIET}
+    if isinstance(ending, KeyboardInterrupt):
+        assert fit(small_net(), pair(), **arguments).status == "interrupted"
+    else:
+        with pytest.raises(ArithmeticError, match="here"):
+            fit(small_net(), pair(), **arguments)
+    assert hook.calls[-2:] == ["step 1", "stop"]
+    assert hook.calls.count("stop") == 1
