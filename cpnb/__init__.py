@@ -34,9 +34,10 @@ from cpnb.evaluation import accuracy, evaluate
 from cpnb.initializers import INITIALIZERS, gaussian, unified, uniform
 from cpnb.linear import CPLinear
 from cpnb.lowrank import tai, tai_decompose
-from cpnb.models import DigitsNet, LeNet
+from cpnb.models import AlexNet, DigitsNet, LeNet
 from cpnb.ranks import break_even_rank, resolve_rank
 from cpnb.report import TruncationReport, truncation_report
+from cpnb.resnet import VGG, ResNet
 from cpnb.rules import EffectiveRank, EnergyRank, FitRank
 from cpnb.surgery import canonicalize, cp_layers, from_layer, to_dense
 from cpnb.sweep import RankSweep, rank_sweep
@@ -57,6 +58,8 @@ _LAZY = {
 
 __all__ = [
     "INITIALIZERS",
+    "VGG",
+    "AlexNet",
     "CPConv1d",
     "CPConv2d",
     "CPConv3d",
@@ -77,6 +80,7 @@ __all__ = [
     "ParameterRatio",
     "RankExplorer",
     "RankSweep",
+    "ResNet",
     "Run",
     "TruncationReport",
     "accuracy",

@@ -1,4 +1,4 @@
-"""Two small classifiers of plain torch layers, to be converted to CP form."""
+"""Classifiers of plain torch layers, to be normalised or converted from outside."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class DigitsNet(nn.Module):
         self.conv2 = skip_init(nn.Conv2d, 16, 32, 3, padding=1)
         self.fc1 = skip_init(nn.Linear, 32 * 4 * 4, 64)
         self.fc2 = skip_init(nn.Linear, 64, num_classes)
-        _initialize_(self, generator)
+        initialize_(self, generator)
 
     def forward(self, images: Tensor) -> Tensor:
         """Scores, shape ``(n, classes)``, of images, shape ``(n, 1, 8, 8)``."""
@@ -80,7 +80,7 @@ class LeNet(nn.Module):
         self.fc1 = skip_init(nn.Linear, 64 * 12 * 12, 128)
         self.dropout2 = nn.Dropout(0.5)
         self.fc2 = skip_init(nn.Linear, 128, num_classes)
-        _initialize_(self, generator)
+        initialize_(self, generator)
 
     def forward(self, images: Tensor) -> Tensor:
         """Scores, shape ``(n, classes)``, of images, shape ``(n, 1, 28, 28)``."""
@@ -91,14 +91,68 @@ class LeNet(nn.Module):
         return self.fc2(hidden)
 
 
-def _initialize_(model: nn.Module, generator: torch.Generator | None) -> None:
+class AlexNet(nn.Module):
+    """The network that the paper calls AlexNet, for 32×32 colour images such as CIFAR.
+
+    6,976,842 parameters with ten classes; no batch norm.
+
+    Args:
+        num_classes: Number of classes.
+        generator: Source of the initial weights; torch's global one by default.
+
+    Raises:
+        TypeError: If ``num_classes`` is no int.
+        ValueError: If ``num_classes`` is below 2.
+
+    Example:
+        >>> sum(parameter.numel() for parameter in AlexNet().parameters())
+        6976842
+
+    Source: Veeramacheneni et al. 2022, arXiv:2206.01509, and its public code.
+    """
+
+    def __init__(
+        self, num_classes: int = 10, *, generator: torch.Generator | None = None
+    ) -> None:
+        """Build the layers and draw their weights."""
+        super().__init__()
+        num_classes = check_count(num_classes, "num_classes", least=2)
+        self.conv1 = skip_init(nn.Conv2d, 3, 64, 3, padding=2)
+        self.conv2 = skip_init(nn.Conv2d, 64, 192, 3, padding=1)
+        self.conv3 = skip_init(nn.Conv2d, 192, 384, 3, padding=1)
+        self.conv4 = skip_init(nn.Conv2d, 384, 256, 3, padding=1)
+        self.conv5 = skip_init(nn.Conv2d, 256, 256, 3, padding=1)
+        self.dropout1 = nn.Dropout(0.5)
+        self.fc1 = skip_init(nn.Linear, 256 * 4 * 4, 1024)
+        self.dropout2 = nn.Dropout(0.5)
+        self.fc2 = skip_init(nn.Linear, 1024, 512)
+        self.fc3 = skip_init(nn.Linear, 512, num_classes)
+        initialize_(self, generator)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Scores, shape ``(n, classes)``, of images, shape ``(n, 3, 32, 32)``."""
+        hidden = F.max_pool2d(F.relu(self.conv1(images)), 2)  # 34×34 to 17×17
+        hidden = F.max_pool2d(F.relu(self.conv2(hidden)), 2)  # 8×8
+        hidden = F.relu(self.conv4(F.relu(self.conv3(hidden))))
+        hidden = F.max_pool2d(F.relu(self.conv5(hidden)), 2)  # 4×4
+        hidden = F.relu(self.fc1(self.dropout1(hidden.flatten(1))))
+        hidden = F.relu(self.fc2(self.dropout2(hidden)))
+        return self.fc3(hidden)
+
+
+def initialize_(model: nn.Module, generator: torch.Generator | None) -> None:
     """Draw what torch's layers draw by default, but from ``generator``.
 
     The layers come from ``skip_init``, which draws nothing, so that a given generator
-    leaves torch's global one untouched.
+    leaves torch's global one untouched. A convolution without a bias stands before
+    batch norm, and gets He's normal weights instead, as in the papers of such networks.
     """
-    for layer in model.children():
-        if isinstance(layer, nn.Conv2d | nn.Linear):
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d) and layer.bias is None:
+            nn.init.kaiming_normal_(
+                layer.weight, nonlinearity="relu", generator=generator
+            )
+        elif isinstance(layer, nn.Conv2d | nn.Linear):
             nn.init.kaiming_uniform_(layer.weight, math.sqrt(5), generator=generator)
             bound = 1 / math.sqrt(layer.weight[0].numel())
             nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
