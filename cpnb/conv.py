@@ -93,10 +93,9 @@ class _CPConv(CPLayer):
             output = conv_chain(batch, lam, factors, self.bias, **geometry)
             return output if batched else output[0]
         # The depthwise stage runs about twice as fast in this layout.
-        packed = batch.contiguous(memory_format=torch.channels_last)
-        output = conv_chain(packed, lam, factors, self.bias, **geometry)
-        layout = torch.channels_last if _is_channels_last(batch) else None
-        output = output.contiguous(memory_format=layout or torch.contiguous_format)
+        output = conv_chain(_innermost(batch), lam, factors, self.bias, **geometry)
+        last = _is_channels_last(batch)
+        output = _innermost(output) if last else output.contiguous()
         return output if batched else output[0]
 
     def _margins(self) -> list[int]:
@@ -189,10 +188,15 @@ class CPConv3d(_CPConv):
 
 def _is_channels_last(images: Tensor) -> bool:
     """Whether the layout is channels_last beyond doubt, also for a single channel."""
-    layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(images.ndim)
     return (
-        layout is not None
+        images.ndim in (4, 5)
         and images.stride(1) == 1
         and math.prod(images.shape[2:]) > 1
-        and images.is_contiguous(memory_format=layout)
+        and images.movedim(1, -1).is_contiguous()
     )
+
+
+def _innermost(images: Tensor) -> Tensor:
+    """The images with the channels innermost, copied where they are not."""
+    # contiguous(memory_format=torch.channels_last) is not there under vmap.
+    return images.movedim(1, -1).contiguous().movedim(-1, 1)

@@ -99,6 +99,28 @@ def test_vmap_runs_an_ensemble_of_cp_networks(network):
         assert_close(together, torch.stack([twin(IMAGES) for twin in twins]))
 
 
+@pytest.mark.parametrize("mode", ["dense", "chain"])
+@pytest.mark.parametrize("innermost", [False, True])
+def test_vmap_trains_an_ensemble_of_cp_convolutions(mode, innermost):
+    twins = [
+        cpnb.CPConv2d(3, 4, 3, rank=5, forward_mode=mode).double() for _ in range(2)
+    ]
+    images = torch.randn(2, 6, 3, 5, 5, dtype=torch.float64)
+    if innermost:
+        images = images.movedim(2, -1).contiguous().movedim(-1, 2)
+    parameters, buffers = torch.func.stack_module_state(twins)
+
+    def loss(parameters, buffers, images):
+        state = parameters, buffers
+        return torch.func.functional_call(twins[0], state, (images,)).square().sum()
+
+    torch.vmap(loss)(parameters, buffers, images).sum().backward()
+    for n, (twin, own) in enumerate(zip(twins, images, strict=True)):
+        twin(own).square().sum().backward()
+        for name, parameter in twin.named_parameters():
+            assert_close(parameters[name].grad[n], parameter.grad)
+
+
 def test_import_is_light():
     heavy = "matplotlib ipywidgets IPython sklearn scipy safetensors tqdm jupytext"
     code = (
