@@ -23,6 +23,7 @@ from cpnb.cp import (
 )
 from cpnb.data import Dataset, load_data
 from cpnb.data_aware import data_aware, data_aware_als, input_covariance
+from cpnb.decay import param_groups
 from cpnb.decomposition import CPResult, DecompositionInfo, power_method
 from cpnb.diagnostics import (
     Degeneracy,
@@ -109,6 +110,7 @@ __all__ = [
     "load_data",
     "load_weights",
     "normalize_columns",
+    "param_groups",
     "plots",
     "power_method",
     "rank_sweep",
