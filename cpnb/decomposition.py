@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cpnb._checks import check_decomposable
+from cpnb._diagnostics.degeneracy import Degeneracy, degeneracy
 from cpnb.cp import (
     inverse_norms,
     khatri_rao,
     rebuild,
     relative_error,
 )
-from cpnb.diagnostics import Degeneracy, degeneracy
 from cpnb.ranks import Rank, resolve_rank
 
 _EXHAUSTED = 1e-14  # a residual below this fraction of ‖W‖ is rounding, not signal

@@ -1,0 +1,1 @@
+"""Parts of `cpnb.diagnostics`, one question to a file."""
