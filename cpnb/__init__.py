@@ -28,8 +28,12 @@ from cpnb.decomposition import CPResult, DecompositionInfo, power_method
 from cpnb.diagnostics import (
     Degeneracy,
     DegeneracyReport,
+    Spectrum,
+    SpectrumReport,
     degeneracy,
     degeneracy_report,
+    spectrum,
+    spectrum_report,
 )
 from cpnb.evaluation import accuracy, evaluate
 from cpnb.initializers import INITIALIZERS, gaussian, unified, uniform
@@ -83,6 +87,8 @@ __all__ = [
     "RankSweep",
     "ResNet",
     "Run",
+    "Spectrum",
+    "SpectrumReport",
     "TruncationReport",
     "accuracy",
     "als",
@@ -118,6 +124,8 @@ __all__ = [
     "resolve_rank",
     "save_model",
     "select_components",
+    "spectrum",
+    "spectrum_report",
     "tai",
     "tai_decompose",
     "to_dense",

@@ -2,6 +2,7 @@
 
 ==========================  =========================================================
 `degeneracy`                are the components of a CP kernel huge and cancelling?
+`spectrum`                  condition number, effective and stable rank, row norms, |λ|
 ==========================  =========================================================
 
 Everything measures and changes nothing: parameters, gradients, flags, hooks and batch
@@ -16,12 +17,22 @@ from cpnb._diagnostics.degeneracy import (
     degeneracy,
     degeneracy_report,
 )
+from cpnb._diagnostics.spectra import (
+    Spectrum,
+    SpectrumReport,
+    spectrum,
+    spectrum_report,
+)
 
 __all__ = [
     "ENERGY_LIMIT",
     "FLOAT32_LIMIT",
     "Degeneracy",
     "DegeneracyReport",
+    "Spectrum",
+    "SpectrumReport",
     "degeneracy",
     "degeneracy_report",
+    "spectrum",
+    "spectrum_report",
 ]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from cpnb._checks import check_kernel
+from cpnb._diagnostics.spectra import entropy_rank
 from cpnb.cp import rebuild
 from cpnb.decomposition import power_method
 from cpnb.ranks import KernelRule
@@ -91,8 +92,7 @@ class EffectiveRank(KernelRule):
         # The smaller Gram matrix has the same spectrum as a fat unfolding, for less.
         gram = wide @ wide.T if wide.shape[0] <= wide.shape[1] else wide.T @ wide
         values = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
-        share = values / torch.where(values.sum() > 0, values.sum(), 1)
-        return max(1, round(torch.special.entr(share).sum().exp().item()))
+        return max(1, round(entropy_rank(values).item()))
 
 
 def _check_share(value: float, name: str) -> None:
