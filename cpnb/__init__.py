@@ -28,10 +28,12 @@ from cpnb.decomposition import CPResult, DecompositionInfo, power_method
 from cpnb.diagnostics import (
     Degeneracy,
     DegeneracyReport,
+    SignalReport,
     Spectrum,
     SpectrumReport,
     degeneracy,
     degeneracy_report,
+    signal_report,
     spectrum,
     spectrum_report,
 )
@@ -87,6 +89,7 @@ __all__ = [
     "RankSweep",
     "ResNet",
     "Run",
+    "SignalReport",
     "Spectrum",
     "SpectrumReport",
     "TruncationReport",
@@ -124,6 +127,7 @@ __all__ = [
     "resolve_rank",
     "save_model",
     "select_components",
+    "signal_report",
     "spectrum",
     "spectrum_report",
     "tai",

@@ -3,6 +3,7 @@
 ==========================  =========================================================
 `degeneracy`                are the components of a CP kernel huge and cancelling?
 `spectrum`                  condition number, effective and stable rank, row norms, |λ|
+`signal_report`             variance of activations and gradients, by layer
 ==========================  =========================================================
 
 Everything measures and changes nothing: parameters, gradients, flags, hooks and batch
@@ -17,6 +18,7 @@ from cpnb._diagnostics.degeneracy import (
     degeneracy,
     degeneracy_report,
 )
+from cpnb._diagnostics.signals import Signal, SignalReport, signal_report
 from cpnb._diagnostics.spectra import (
     Spectrum,
     SpectrumReport,
@@ -29,10 +31,13 @@ __all__ = [
     "FLOAT32_LIMIT",
     "Degeneracy",
     "DegeneracyReport",
+    "Signal",
+    "SignalReport",
     "Spectrum",
     "SpectrumReport",
     "degeneracy",
     "degeneracy_report",
+    "signal_report",
     "spectrum",
     "spectrum_report",
 ]
