@@ -31,11 +31,13 @@ from cpnb.diagnostics import (
     SignalReport,
     Spectrum,
     SpectrumReport,
+    StepReport,
     degeneracy,
     degeneracy_report,
     signal_report,
     spectrum,
     spectrum_report,
+    step_report,
 )
 from cpnb.evaluation import accuracy, evaluate
 from cpnb.initializers import INITIALIZERS, gaussian, unified, uniform
@@ -92,6 +94,7 @@ __all__ = [
     "SignalReport",
     "Spectrum",
     "SpectrumReport",
+    "StepReport",
     "TruncationReport",
     "accuracy",
     "als",
@@ -130,6 +133,7 @@ __all__ = [
     "signal_report",
     "spectrum",
     "spectrum_report",
+    "step_report",
     "tai",
     "tai_decompose",
     "to_dense",

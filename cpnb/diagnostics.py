@@ -4,6 +4,7 @@
 `degeneracy`                are the components of a CP kernel huge and cancelling?
 `spectrum`                  condition number, effective and stable rank, row norms, |λ|
 `signal_report`             variance of activations and gradients, by layer
+`step_report`               effective learning rates, growing columns
 ==========================  =========================================================
 
 Everything measures and changes nothing: parameters, gradients, flags, hooks and batch
@@ -25,19 +26,23 @@ from cpnb._diagnostics.spectra import (
     spectrum,
     spectrum_report,
 )
+from cpnb._diagnostics.steps import EffectiveStep, StepReport, step_report
 
 __all__ = [
     "ENERGY_LIMIT",
     "FLOAT32_LIMIT",
     "Degeneracy",
     "DegeneracyReport",
+    "EffectiveStep",
     "Signal",
     "SignalReport",
     "Spectrum",
     "SpectrumReport",
+    "StepReport",
     "degeneracy",
     "degeneracy_report",
     "signal_report",
     "spectrum",
     "spectrum_report",
+    "step_report",
 ]
