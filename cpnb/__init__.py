@@ -28,6 +28,7 @@ from cpnb.decomposition import CPResult, DecompositionInfo, power_method
 from cpnb.diagnostics import (
     Degeneracy,
     DegeneracyReport,
+    HessianEigenvalue,
     SignalReport,
     Spectrum,
     SpectrumReport,
@@ -38,6 +39,7 @@ from cpnb.diagnostics import (
     spectrum,
     spectrum_report,
     step_report,
+    top_hessian_eigenvalue,
 )
 from cpnb.evaluation import accuracy, evaluate
 from cpnb.initializers import INITIALIZERS, gaussian, unified, uniform
@@ -85,6 +87,7 @@ __all__ = [
     "EnergyRank",
     "FitRank",
     "FlopRatio",
+    "HessianEigenvalue",
     "LeNet",
     "ParameterRatio",
     "RankExplorer",
@@ -137,6 +140,7 @@ __all__ = [
     "tai",
     "tai_decompose",
     "to_dense",
+    "top_hessian_eigenvalue",
     "truncate",
     "truncation_report",
     "unified",

@@ -5,6 +5,7 @@
 `spectrum`                  condition number, effective and stable rank, row norms, |λ|
 `signal_report`             variance of activations and gradients, by layer
 `step_report`               effective learning rates, growing columns
+`top_hessian_eigenvalue`    how sharply the loss curves upward
 ==========================  =========================================================
 
 Everything measures and changes nothing: parameters, gradients, flags, hooks and batch
@@ -19,6 +20,7 @@ from cpnb._diagnostics.degeneracy import (
     degeneracy,
     degeneracy_report,
 )
+from cpnb._diagnostics.hessian import HessianEigenvalue, top_hessian_eigenvalue
 from cpnb._diagnostics.signals import Signal, SignalReport, signal_report
 from cpnb._diagnostics.spectra import (
     Spectrum,
@@ -34,6 +36,7 @@ __all__ = [
     "Degeneracy",
     "DegeneracyReport",
     "EffectiveStep",
+    "HessianEigenvalue",
     "Signal",
     "SignalReport",
     "Spectrum",
@@ -45,4 +48,5 @@ __all__ = [
     "spectrum",
     "spectrum_report",
     "step_report",
+    "top_hessian_eigenvalue",
 ]
