@@ -6,6 +6,7 @@
 `signal_report`             variance of activations and gradients, by layer
 `step_report`               effective learning rates, growing columns
 `top_hessian_eigenvalue`    how sharply the loss curves upward
+`circular_lipschitz`        2-norm of a convolution; `gram_lipschitz` bounds it
 ==========================  =========================================================
 
 Everything measures and changes nothing: parameters, gradients, flags, hooks and batch
@@ -21,6 +22,7 @@ from cpnb._diagnostics.degeneracy import (
     degeneracy_report,
 )
 from cpnb._diagnostics.hessian import HessianEigenvalue, top_hessian_eigenvalue
+from cpnb._diagnostics.lipschitz import circular_lipschitz, gram_lipschitz
 from cpnb._diagnostics.signals import Signal, SignalReport, signal_report
 from cpnb._diagnostics.spectra import (
     Spectrum,
@@ -42,8 +44,10 @@ __all__ = [
     "Spectrum",
     "SpectrumReport",
     "StepReport",
+    "circular_lipschitz",
     "degeneracy",
     "degeneracy_report",
+    "gram_lipschitz",
     "signal_report",
     "spectrum",
     "spectrum_report",
