@@ -7,6 +7,7 @@
 `step_report`               effective learning rates, growing columns
 `top_hessian_eigenvalue`    how sharply the loss curves upward
 `circular_lipschitz`        2-norm of a convolution; `gram_lipschitz` bounds it
+`loss_slice`                the loss around a model, along one or two directions
 ==========================  =========================================================
 
 Everything measures and changes nothing: parameters, gradients, flags, hooks and batch
@@ -22,6 +23,7 @@ from cpnb._diagnostics.degeneracy import (
     degeneracy_report,
 )
 from cpnb._diagnostics.hessian import HessianEigenvalue, top_hessian_eigenvalue
+from cpnb._diagnostics.landscape import LossSlice, filter_directions, loss_slice
 from cpnb._diagnostics.lipschitz import circular_lipschitz, gram_lipschitz
 from cpnb._diagnostics.signals import Signal, SignalReport, signal_report
 from cpnb._diagnostics.spectra import (
@@ -39,6 +41,7 @@ __all__ = [
     "DegeneracyReport",
     "EffectiveStep",
     "HessianEigenvalue",
+    "LossSlice",
     "Signal",
     "SignalReport",
     "Spectrum",
@@ -47,7 +50,9 @@ __all__ = [
     "circular_lipschitz",
     "degeneracy",
     "degeneracy_report",
+    "filter_directions",
     "gram_lipschitz",
+    "loss_slice",
     "signal_report",
     "spectrum",
     "spectrum_report",

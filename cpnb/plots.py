@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
+from cpnb._figures.landscape import plot_landscape
 from cpnb._figures.ranks import (
     plot_lambda_spectrum,
     plot_rank_curve,
@@ -37,6 +38,7 @@ __all__ = [
     "plot_components",
     "plot_images",
     "plot_lambda_spectrum",
+    "plot_landscape",
     "plot_rank_curve",
     "plot_training",
     "plot_truncation_panel",
