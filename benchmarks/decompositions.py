@@ -37,7 +37,7 @@ def trained_kernels(epochs):
     """Convolution kernels of a LeNet trained on the digits, enlarged to 28 x 28."""
     data = cpnb.load_data("digits")
     model = cpnb.LeNet(generator=torch.Generator().manual_seed(0))
-    images = F.interpolate(data.train.images, size=28, mode="bilinear")
+    images = F.interpolate(data.train.standardized(), size=28, mode="bilinear")
     cpnb.fit(model, (images, data.train.labels), epochs=epochs, progress=False)
     accuracy = cpnb.accuracy(model, (images, data.train.labels))
     print(f"trained LeNet: {accuracy:.1%} of its training digits right")

@@ -21,7 +21,7 @@ from cpnb.cp import (
     normalize_columns,
     relative_error,
 )
-from cpnb.data import Dataset, load_data
+from cpnb.data import Dataset, Split, load_data, standardize
 from cpnb.data_aware import data_aware, data_aware_als, input_covariance
 from cpnb.decay import param_groups
 from cpnb.decomposition import CPResult, DecompositionInfo, power_method
@@ -103,6 +103,7 @@ __all__ = [
     "SignalReport",
     "Spectrum",
     "SpectrumReport",
+    "Split",
     "StepReport",
     "TruncationReport",
     "accuracy",
@@ -146,6 +147,7 @@ __all__ = [
     "signal_report",
     "spectrum",
     "spectrum_report",
+    "standardize",
     "step_report",
     "tai",
     "tai_decompose",

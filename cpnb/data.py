@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from cpnb._checks import check_count
-from cpnb.idx import read_pair, where_to_put
+from cpnb._data.idx import read_pair, where_to_put
+from cpnb._data.splits import Dataset, Split, channel_statistics, standardize
+
+__all__ = ["NAMES", "Dataset", "Split", "load_data", "standardize"]
 
 _VALIDATION_SHARE = _TEST_SHARE = 0.2  # of the digits
 _IDX_VALIDATION_SHARE = 0.1  # of the official training part of an idx set
@@ -40,86 +41,14 @@ _ABOUT = {
 NAMES = tuple(_ABOUT)
 
 
-class Split(NamedTuple):
-    """One split; unpacks into ``images, labels``."""
-
-    images: Tensor
-    labels: Tensor
-
-    def __repr__(self) -> str:
-        """Number, shape and dtype of the images instead of their pixels."""
-        shape = "×".join(map(str, self.images.shape[1:]))
-        return f"Split({len(self.labels)} images {shape}, {self.images.dtype})"
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Dataset:
-    """Labelled images in a train, a validation and a test split.
-
-    Attributes:
-        name: Name under which :func:`load_data` knows the set.
-        train: Images ``(n, channels, height, width)`` and labels ``(n,)``.
-        validation: For choices made while training, and for rank sweeps.
-        test: For the last number only; no function reads it unless it is passed.
-        classes: Name of each class, in the order of the labels.
-        mean: Mean pixel of the training split before standardising.
-        std: Standard deviation of the same pixels.
-        licence: Licence and source of the images.
-        seed: Seed of the split.
-    """
-
-    name: str
-    train: Split
-    validation: Split
-    test: Split
-    classes: tuple[str, ...]
-    mean: float
-    std: float
-    licence: str
-    seed: int
-
-    def to(
-        self,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> Dataset:
-        """Copy with images on ``device`` in ``dtype``, labels on ``device``.
-
-        Raises:
-            TypeError: If ``dtype`` is no floating dtype.
-        """
-        _check_floating(dtype)
-        splits = {
-            name: Split(
-                getattr(self, name).images.to(device=device, dtype=dtype),
-                getattr(self, name).labels.to(device=device),
-            )
-            for name in ("train", "validation", "test")
-        }
-        return replace(self, **splits)
-
-    def __repr__(self) -> str:
-        """Name, image shape, classes and the size of each split."""
-        shape = "×".join(map(str, self.train.images.shape[1:]))
-        sizes = ", ".join(
-            f"{name} {len(getattr(self, name).labels)}"
-            for name in ("train", "validation", "test")
-        )
-        return (
-            f"Dataset({self.name!r}: {shape} images, {len(self.classes)} classes; "
-            f"{sizes}; seed {self.seed})"
-        )
-
-
 def load_data(
     name: str = "digits",
     *,
     seed: int = 0,
     train_size: int | None = None,
     device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
 ) -> Dataset:
-    """Load a data set as standardised tensors.
+    """Load a data set as pixels in tensors.
 
     ``"digits"`` comes with scikit-learn and needs no network: 1,797 handwritten digits
     of 8×8 pixels by 13 writers. 20 % of each class go to the test and 20 % to the
@@ -137,18 +66,16 @@ def load_data(
         seed: Decides which image goes to which split, and their order.
         train_size: Keep only so many training images, the first in the seed's order.
         device: Device of the tensors; the CPU by default.
-        dtype: Floating dtype of the images; float32 by default.
 
     Returns:
-        The data set. Images have shape ``(n, 1, height, width)``; mean 0 and standard
-        deviation 1 over the pixels of the training split, the same shift and scale
-        elsewhere.
+        The data set. Images are uint8 of shape ``(n, 1, height, width)``: 0 to 16 for
+        the digits, else 0 to 255. The mean and standard deviation of each channel are
+        those of the training split.
 
     Raises:
         FileNotFoundError: If ``CPNB_DATA`` is not set or a file is missing.
         ImportError: If the digits are asked for and scikit-learn is missing.
-        TypeError: If ``seed`` or ``train_size`` is no int or ``dtype`` no floating
-            dtype.
+        TypeError: If ``seed`` or ``train_size`` is no int.
         ValueError: If ``name`` is unknown, ``train_size`` out of range, or a file is
             damaged; the message names the file.
 
@@ -170,7 +97,6 @@ def load_data(
             "pair (images, labels) wherever a function takes data."
         )
     seed = check_count(seed, "seed", least=0)
-    _check_floating(dtype)
     if name == "digits":
         pixels, labels = _read_digits()
         shares = (_VALIDATION_SHARE, _TEST_SHARE)
@@ -190,16 +116,10 @@ def load_data(
             )
         train = train[:train_size]
     pairs.insert(0, (pixels[train], labels[train]))
-    seen = pairs[0][0] if name == "digits" else pairs[0][0].float()
-    mean, std = seen.mean().item(), seen.std(correction=0).item()
-    train, validation, test = (
-        Split(((x - mean) / std).unsqueeze(1).to(dtype or torch.float32), y)
-        for x, y in pairs
-    )
+    statistics = channel_statistics(pairs[0][0])
+    splits = (Split(images, labels, *statistics) for images, labels in pairs)
     classes, licence = _ABOUT[name]
-    return Dataset(name, train, validation, test, classes, mean, std, licence, seed).to(
-        device
-    )
+    return Dataset(name, *splits, classes, licence, seed).to(device)
 
 
 def _data_folder(name: str) -> Path:
@@ -214,7 +134,7 @@ def _data_folder(name: str) -> Path:
 
 
 def _read_digits() -> tuple[Tensor, Tensor]:
-    """Pixels from 0 to 16, shape (1797, 8, 8), float64; labels, shape (1797,)."""
+    """Pixels from 0 to 16, shape (1797, 1, 8, 8); labels, shape (1797,)."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -223,7 +143,8 @@ def _read_digits() -> tuple[Tensor, Tensor]:
             "it with: python -m pip install scikit-learn"
         ) from error
     digits = load_digits()
-    return torch.from_numpy(digits.images), torch.from_numpy(digits.target).long()
+    images = torch.from_numpy(digits.images).to(torch.uint8).unsqueeze(1)
+    return images, torch.from_numpy(digits.target).long()
 
 
 def _stratified_split(
@@ -241,11 +162,3 @@ def _stratified_split(
             part.append(piece)
     joined = [torch.cat(part) for part in parts]
     return [i[torch.randperm(len(i), generator=generator)] for i in joined]
-
-
-def _check_floating(dtype: torch.dtype | None) -> None:
-    if dtype is not None and not dtype.is_floating_point:
-        raise TypeError(
-            f"dtype is {dtype}, expected a floating dtype such as torch.float32: "
-            "standardised pixels are not whole numbers."
-        )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cpnb._checks import check_count, check_module
+from cpnb._data.splits import Split, standardize
 
 SPLITS = ("train", "validation", "test")
 
@@ -21,13 +22,15 @@ def images_and_labels(data: Any, split: str = "validation") -> tuple[Tensor, Ten
 
     Args:
         data: A data set with the attributes ``train``, ``validation`` and ``test``,
-            each a pair; or one pair ``(images, labels)`` of tensors. Images have
-            shape ``(n, ...)`` and a floating dtype, labels have shape ``(n,)``.
-        split: The split taken from a data set. A plain pair has no splits and is
-            returned whatever ``split`` says.
+            each a split or a pair; or one split; or one pair ``(images, labels)`` of
+            tensors. Images of a pair have shape ``(n, ...)`` and a floating dtype,
+            labels have shape ``(n,)``.
+        split: The split taken from a data set. A split or pair is returned whatever
+            ``split`` says.
 
     Returns:
-        The images, shape ``(n, ...)``, and the labels, shape ``(n,)``, not copied.
+        The images, shape ``(n, ...)``, those of a split standardised in float32, those
+        of a pair not copied; and the labels, shape ``(n,)``.
 
     Raises:
         TypeError: If ``data`` is neither, or holds the wrong kind of tensor.
@@ -39,19 +42,32 @@ def images_and_labels(data: Any, split: str = "validation") -> tuple[Tensor, Ten
         >>> images.shape, labels.tolist()
         (torch.Size([3, 8]), [0, 1, 2])
     """
+    given = split_or_pair(data, split)
+    if isinstance(given, Split):
+        return given.standardized(), given.labels
+    return given
+
+
+def split_or_pair(
+    data: Any, split: str = "validation"
+) -> Split | tuple[Tensor, Tensor]:
+    """Read a split, still as pixels, or a plain pair; see :func:`images_and_labels`."""
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}, expected one of {', '.join(SPLITS)}.")
-    pair = data
+    given = data
     if all(hasattr(data, name) for name in SPLITS):
-        pair = getattr(data, split)
-    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-        size = f" of length {len(pair)}" if isinstance(pair, (tuple, list)) else ""
+        given = getattr(data, split)
+    if isinstance(given, Split):
+        _check_labels(given.labels)
+        return given
+    if not isinstance(given, (tuple, list)) or len(given) != 2:
+        size = f" of length {len(given)}" if isinstance(given, (tuple, list)) else ""
         raise TypeError(
-            f"data is a {type(pair).__name__}{size}, expected a data set with train, "
-            "validation and test, or a pair (images, labels) of tensors. Start with "
-            'load_data("digits").'
+            f"data is a {type(given).__name__}{size}, expected a data set with train, "
+            "validation and test, one of these, or a pair (images, labels) of tensors. "
+            'Start with load_data("digits").'
         )
-    images, labels = pair
+    images, labels = given
     _check_pair(images, labels)
     return images, labels
 
@@ -61,8 +77,8 @@ def accuracy(model: nn.Module, data: Any, *, batch_size: int = 1000) -> float:
 
     Args:
         model: Maps images ``(n, ...)`` to scores ``(n, classes)``.
-        data: A data set, of which the validation split is used, or a pair
-            ``(images, labels)``. Pass ``data.test`` to touch the test split.
+        data: A data set, of which the validation split is used, or one split, or a
+            pair ``(images, labels)``. Pass ``data.test`` to touch the test split.
         batch_size: Images per forward pass; does not change the result.
 
     Returns:
@@ -85,8 +101,8 @@ def evaluate(
 
     Args:
         model: Maps images ``(n, ...)`` to scores ``(n, classes)``.
-        data: A data set, of which the validation split is used, or a pair
-            ``(images, labels)``. Pass ``data.test`` to touch the test split.
+        data: A data set, of which the validation split is used, or one split, or a
+            pair ``(images, labels)``. Pass ``data.test`` to touch the test split.
         batch_size: Images per forward pass; does not change the result.
 
     Returns:
@@ -103,7 +119,8 @@ def evaluate(
         0.5
     """
     check_module(model)
-    images, labels = images_and_labels(data)
+    given = split_or_pair(data)
+    images, labels = given
     batch_size = check_count(batch_size, "batch_size")
     device, dtype = placement(model, images)
     largest, loss, correct = int(labels.max()), 0.0, 0
@@ -113,7 +130,10 @@ def evaluate(
         for batch, target in zip(
             images.split(batch_size), labels.split(batch_size), strict=True
         ):
-            scores = model(batch.to(device, dtype))
+            batch = batch.to(device)
+            if isinstance(given, Split):
+                batch = standardize(batch, given.mean, given.std, dtype)
+            scores = model(batch.to(dtype))
             target = target.to(device, torch.long)
             check_scores(scores, len(target), largest)
             loss += F.cross_entropy(scores.double(), target, reduction="sum").item()
@@ -143,18 +163,26 @@ def evaluation_mode(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def placement(model: nn.Module, images: Tensor) -> tuple[torch.device, torch.dtype]:
-    """Device and dtype of the model, or of the images when it holds no float tensor."""
+    """Device and dtype of the model, or of the images when it holds no float tensor.
+
+    Pixels count as float32, in which they are standardised.
+    """
     tensors = chain(model.parameters(), model.buffers())
     first = next((tensor for tensor in tensors if tensor.is_floating_point()), images)
-    return first.device, first.dtype
+    return first.device, first.dtype if first.is_floating_point() else torch.float32
 
 
 def place(
-    pair: tuple[Tensor, Tensor], model: nn.Module, *, channels_last: bool
+    given: Split | tuple[Tensor, Tensor], model: nn.Module, *, channels_last: bool
 ) -> tuple[Tensor, Tensor]:
-    """Copy a pair to the model's device and dtype, images with colours innermost."""
-    images, labels = pair
+    """Copy a pair to the model's device and dtype, images with colours innermost.
+
+    Those of a split are standardised on the way.
+    """
+    images, labels = given
     device, dtype = placement(model, images)
+    if isinstance(given, Split):
+        images = given.to(device).standardized(dtype)
     images, labels = images.to(device, dtype), labels.to(device, torch.long)
     if channels_last and images.ndim == 4:
         # Cloned, because torch leaves one-channel images as they are when asked for
@@ -198,6 +226,15 @@ def _check_pair(images: Tensor, labels: Tensor) -> None:
             f"images have dtype {images.dtype}, expected a floating dtype. Convert "
             "and scale them first, for example images.float() / 255."
         )
+    _check_labels(labels)
+    if images.ndim < 2 or len(images) != len(labels):
+        raise ValueError(
+            f"images have shape {tuple(images.shape)}, expected ({len(labels)}, ...) "
+            f"from the {len(labels)} labels."
+        )
+
+
+def _check_labels(labels: Tensor) -> None:
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(
             f"labels have dtype {labels.dtype}, expected integer class numbers."
@@ -206,11 +243,6 @@ def _check_pair(images: Tensor, labels: Tensor) -> None:
         raise ValueError(
             f"labels have shape {tuple(labels.shape)}, expected (n,): one class number "
             "per image, not one-hot rows."
-        )
-    if images.ndim < 2 or len(images) != len(labels):
-        raise ValueError(
-            f"images have shape {tuple(images.shape)}, expected ({len(labels)}, ...) "
-            f"from the {len(labels)} labels."
         )
     if not len(labels):
         raise ValueError("data holds no images, expected at least one.")

@@ -528,7 +528,8 @@ def build(method, seed):
 # %%
 def gains(method, part="", step=1e-4):
     """‖change of the kernel‖ / (step · ‖G‖) in each layer, if only `part` moves."""
-    net, images, labels = build(method, seed=0), *data.train
+    images, labels = data.train.standardized(), data.train.labels
+    net = build(method, seed=0)
     before = {name: m.weight.detach().clone() for name, m in net.named_children()}
     dense = build("dense", seed=0)
     with torch.no_grad():

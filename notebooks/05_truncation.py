@@ -430,7 +430,7 @@ stale = torch.optim.SGD(net.parameters(), lr=0.1)
 small = cpnb.truncate(net, rank=ranks_at(0.3, ["conv2", "fc1"]))
 before = [p.detach().clone() for p in small.parameters()]
 
-images, labels = data.train
+images, labels = data.train.standardized(), data.train.labels
 torch.nn.functional.cross_entropy(small(images), labels).backward()
 stale.step()
 moved = sum(

@@ -2,6 +2,7 @@
 
 import builtins
 import gzip
+import itertools
 import os
 import re
 import struct
@@ -13,7 +14,7 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from cpnb.data import Dataset, Split, load_data
+from cpnb.data import Dataset, Split, load_data, standardize
 from cpnb.evaluation import images_and_labels
 
 SPLITS = ("train", "validation", "test")
@@ -21,13 +22,12 @@ SPLITS = ("train", "validation", "test")
 
 @pytest.fixture(scope="module")
 def digits():
-    return load_data("digits", dtype=torch.float64)
+    return load_data("digits")
 
 
 def raw_pixels(data, split):
-    """Pixels from 0 to 16 as rows of whole numbers, standardising undone."""
-    images = getattr(data, split).images * data.std + data.mean
-    return (images.flatten(1) + 0.5).floor().long()
+    """Pixels as rows of whole numbers."""
+    return getattr(data, split).images.flatten(1)
 
 
 def rows(pixels, labels):
@@ -46,11 +46,6 @@ def test_load_data_splits_hold_each_image_of_scikit_learn_once(digits):
     assert sorted(found) == sorted(expected)
 
 
-def test_load_data_pixels_are_whole_numbers_after_undoing_the_standardising(digits):
-    images = digits.test.images * digits.std + digits.mean
-    torch.testing.assert_close(images, images.round(), rtol=0, atol=1e-12)
-
-
 def test_load_data_splits_are_stratified(digits):
     source = torch.tensor(load_digits().target).bincount()
     for split, share in [("train", 0.6), ("validation", 0.2), ("test", 0.2)]:
@@ -63,11 +58,15 @@ def test_load_data_splits_mix_the_classes(digits):
         assert len(getattr(digits, split).labels[:50].unique()) >= 9
 
 
-def test_load_data_standardises_with_the_training_split_alone(digits):
-    images = digits.train.images
+def test_load_data_statistics_are_those_of_the_training_split_alone(digits):
+    images = digits.train.standardized(torch.float64)
     assert images.mean().item() == pytest.approx(0, abs=1e-12)
     assert images.std(correction=0).item() == pytest.approx(1, abs=1e-12)
-    assert abs(digits.test.images.mean().item()) > 1e-6
+    test = digits.test.standardized(torch.float64)
+    assert abs(test.mean().item()) > 1e-6
+    pixels = digits.test.images.double()
+    expected = (pixels - digits.mean[0]) / digits.std[0]
+    torch.testing.assert_close(test, expected, rtol=1e-14, atol=0)
 
 
 def test_load_data_shapes_and_types():
@@ -75,7 +74,7 @@ def test_load_data_shapes_and_types():
     for split in SPLITS:
         images, labels = getattr(data, split)
         assert images.shape[1:] == (1, 8, 8)
-        assert (images.dtype, labels.dtype) == (torch.float32, torch.int64)
+        assert (images.dtype, labels.dtype) == (torch.uint8, torch.int64)
     assert data.classes == tuple("0123456789")
     assert "CC BY 4.0" in data.licence
 
@@ -91,13 +90,13 @@ def test_load_data_depends_on_the_seed_alone():
 
 
 def test_dataset_to_moves_a_copy(digits):
-    half = digits.to("meta", torch.float16)
+    moved = digits.to("meta")
     for split in SPLITS:
-        images, labels = getattr(half, split)
-        assert (images.device.type, images.dtype) == ("meta", torch.float16)
+        images, labels = getattr(moved, split)
+        assert (images.device.type, images.dtype) == ("meta", torch.uint8)
         assert (labels.device.type, labels.dtype) == ("meta", torch.int64)
-    assert digits.train.images.dtype == torch.float64
-    assert (half.name, half.seed, half.mean) == ("digits", 0, digits.mean)
+    assert digits.train.images.device.type == "cpu"
+    assert (moved.name, moved.seed, moved.mean) == ("digits", 0, digits.mean)
 
 
 def test_dataset_cannot_be_changed(digits):
@@ -107,8 +106,9 @@ def test_dataset_cannot_be_changed(digits):
 
 def test_dataset_works_where_a_function_takes_data(digits):
     images, labels = images_and_labels(digits)
-    assert images is digits.validation.images
+    assert torch.equal(images, digits.validation.standardized())
     assert labels is digits.validation.labels
+    assert torch.equal(images_and_labels(digits.test)[0], digits.test.standardized())
 
 
 def test_repr_names_sizes_and_not_pixels(digits):
@@ -117,7 +117,7 @@ def test_repr_names_sizes_and_not_pixels(digits):
         "test 359; seed 0)"
     )
     assert repr(digits) == expected
-    assert repr(digits.test) == "Split(359 images 1×8×8, torch.float64)"
+    assert repr(digits.test) == "Split(359 images 1×8×8)"
     assert isinstance(digits, Dataset)
     assert isinstance(digits.test, Split)
 
@@ -132,11 +132,6 @@ def test_repr_names_sizes_and_not_pixels(digits):
         ),
         ({"seed": 0.5}, TypeError, "seed is 0.5, expected an int"),
         ({"seed": True}, TypeError, "seed is True, expected an int"),
-        (
-            {"dtype": torch.uint8},
-            TypeError,
-            "dtype is torch.uint8, expected a floating",
-        ),
     ],
 )
 def test_load_data_refuses(arguments, error, text):
@@ -144,9 +139,68 @@ def test_load_data_refuses(arguments, error, text):
         load_data(**arguments)
 
 
-def test_dataset_to_refuses_integer_dtype(digits):
+def colour_split(n=5, seed=0, **changes):
+    """Random pixels in two channels of different statistics."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(256, (n, 2, 3, 4), dtype=torch.uint8, generator=generator)
+    arguments = {"images": images, "labels": torch.arange(n) % 3}
+    return Split(**arguments | {"mean": (100.0, 7.5), "std": (50.0, 80.25)} | changes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+def test_standardize_shifts_and_scales_each_channel_and_rounds_once(dtype):
+    split = colour_split()
+    found = standardize(split.images, split.mean, split.std, dtype)
+    assert found.dtype == dtype
+    for index in itertools.product(*map(range, split.images.shape)):
+        c = index[1]
+        exact = (int(split.images[index]) - split.mean[c]) / split.std[c]
+        assert found[index] == torch.tensor(exact, dtype=torch.float64).to(dtype)
+
+
+def test_standardize_takes_tensors_and_leaves_the_pixels_alone():
+    split = colour_split()
+    before = split.images.clone()
+    mean, std = (torch.tensor(v, dtype=torch.float64) for v in (split.mean, split.std))
+    found = standardize(split.images, mean, std)
+    assert torch.equal(found, standardize(split.images, split.mean, split.std))
+    assert torch.equal(split.images, before)
+
+
+def test_split_standardizes_in_parts(monkeypatch):
+    split = colour_split(5)
+    whole = split.standardized()
+    monkeypatch.setattr("cpnb._data.splits._PART", 2)
+    assert torch.equal(split.standardized(), whole)
+    assert whole.dtype == torch.float32
+    assert split.standardized(torch.float16).dtype == torch.float16
+
+
+def test_standardize_refuses_an_integer_dtype():
     with pytest.raises(TypeError, match=re.escape("dtype is torch.int64, expected")):
-        digits.to(dtype=torch.int64)
+        colour_split().standardized(torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "text"),
+    [
+        (
+            {"images": torch.zeros(5, 2, 3, 4)},
+            TypeError,
+            "images have dtype torch.float32, expected torch.uint8: a split holds pix",
+        ),
+        (
+            {"labels": torch.arange(4)},
+            ValueError,
+            "images have shape (5, 2, 3, 4), expected (4, channels, height, width)",
+        ),
+        ({"mean": (1.0,)}, ValueError, "mean has 1 entries, expected 2, one per chan"),
+        ({"std": (1.0, 0.0)}, ValueError, "std is (1.0, 0.0), expected positive"),
+    ],
+)
+def test_split_refuses_parts_that_do_not_fit(changes, error, text):
+    with pytest.raises(error, match=re.escape(text)):
+        colour_split(**changes)
 
 
 def test_load_data_names_scikit_learn_when_it_is_missing(monkeypatch):
@@ -204,7 +258,7 @@ def read_by_hand(path):
 
 
 def test_load_data_reads_every_idx_image_once(idx_folder):
-    data = load_data("mnist", dtype=torch.float64)
+    data = load_data("mnist")
     expected, found = [], []
     for images, labels in (IDX_FILES[:2], IDX_FILES[2:]):
         pixels = torch.tensor(read_by_hand(idx_folder / images)).flatten(1)
@@ -226,21 +280,20 @@ def test_load_data_takes_one_tenth_of_each_class_for_validation(idx_folder):
 
 def test_load_data_standardises_idx_images_with_the_training_split_alone(idx_folder):
     data = load_data("mnist")
-    assert data.train.images.dtype == torch.float32
-    assert data.train.images.shape[1:] == (1, 28, 28)
-    assert data.train.images.mean().item() == pytest.approx(0, abs=1e-5)
-    assert data.train.images.std(correction=0).item() == pytest.approx(1, abs=1e-5)
-    assert abs(data.test.images.mean().item()) > 1e-4
+    images = data.train.standardized(torch.float64)
+    assert images.shape[1:] == (1, 28, 28)
+    assert images.mean().item() == pytest.approx(0, abs=1e-12)
+    assert images.std(correction=0).item() == pytest.approx(1, abs=1e-12)
+    assert abs(data.test.standardized().mean().item()) > 1e-4
 
 
 def test_load_data_train_size_keeps_the_first_training_images(idx_folder):
     whole, part = load_data("mnist"), load_data("mnist", train_size=7)
     assert torch.equal(part.train.labels, whole.train.labels[:7])
     assert torch.equal(part.validation.labels, whole.validation.labels)
-    assert part.train.images.mean().item() == pytest.approx(0, abs=1e-5)
-    undone = part.train.images * part.std + part.mean
-    expected = whole.train.images[:7] * whole.std + whole.mean
-    torch.testing.assert_close(undone, expected, rtol=0, atol=1e-3)
+    assert torch.equal(part.train.images, whole.train.images[:7])
+    assert part.mean == part.test.mean != whole.mean
+    assert part.train.standardized().mean().item() == pytest.approx(0, abs=1e-6)
 
 
 def test_load_data_names_the_clothes(idx_folder):
@@ -372,5 +425,5 @@ def test_load_data_reads_the_real_files(name):
     assert data.test.labels.bincount().sum() == 10_000
     # The known statistics of the training part; the validation tenth moves them little.
     mean, std = REAL[name]
-    assert data.mean / 255 == pytest.approx(mean, abs=1e-3)
-    assert data.std / 255 == pytest.approx(std, abs=1e-3)
+    assert data.mean[0] / 255 == pytest.approx(mean, abs=1e-3)
+    assert data.std[0] / 255 == pytest.approx(std, abs=1e-3)

@@ -10,7 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from cpnb.evaluation import accuracy, evaluate, evaluation_mode, images_and_labels
+from cpnb.data import Split
+from cpnb.evaluation import (
+    accuracy,
+    evaluate,
+    evaluation_mode,
+    images_and_labels,
+    place,
+)
 
 
 def random_pair(n=23, classes=5, features=6, seed=0):
@@ -115,6 +122,45 @@ def test_data_set_gives_its_validation_split_unless_told():
         one_class.bias.copy_(torch.tensor([0.0, 0, 1, 0, 0]))
     share = (data.validation[1] == 2).double().mean().item()
     assert accuracy(one_class, data) == share
+
+
+def random_split(n=23, classes=5, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(256, (n, 2, 1, 3), dtype=torch.uint8, generator=generator)
+    labels = torch.randint(classes, (n,), generator=generator)
+    return Split(images, labels, mean=(90.0, 130.0), std=(60.0, 70.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_evaluate_standardises_a_split_as_its_pair_of_floats(dtype):
+    split = random_split()
+    model = nn.Sequential(nn.Flatten(), linear_model()).to(dtype)
+    pair = split.standardized(dtype), split.labels
+    assert evaluate(model, split, batch_size=10) == evaluate(model, pair, batch_size=10)
+    data = SimpleNamespace(train=None, validation=split, test=None)
+    assert accuracy(model, data) == accuracy(model, pair)
+
+
+def test_evaluate_standardises_a_split_in_float32_when_model_has_no_parameters():
+    split = random_split(classes=6)
+    pair = split.standardized(), split.labels
+    assert evaluate(nn.Flatten(), split) == evaluate(nn.Flatten(), pair)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_place_standardises_a_split_in_the_dtype_of_the_model(channels_last):
+    split = random_split()
+    images, labels = place(split, linear_model().double(), channels_last=channels_last)
+    assert torch.equal(images, split.standardized(torch.float64))
+    assert torch.equal(labels, split.labels)
+    assert images.permute(0, 2, 3, 1).is_contiguous() == channels_last
+
+
+def test_split_with_labels_that_are_no_class_numbers_is_refused():
+    split = random_split()
+    split.labels[3] = -2
+    with pytest.raises(ValueError, match="labels contain -2, expected class numbers"):
+        images_and_labels(split)
 
 
 IMAGES, LABELS = torch.zeros(3, 6), torch.zeros(3, dtype=torch.long)

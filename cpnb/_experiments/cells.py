@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from cpnb.data import Dataset, Split, load_data
+from cpnb.data import Dataset, load_data
 from cpnb.evaluation import accuracy, evaluate
 from cpnb.initializers import INITIALIZERS, CPForm, unified
 from cpnb.models import LeNet
@@ -119,9 +119,9 @@ def experiment_data(
 ) -> Dataset:
     """Load what an experiment trains on, with the first of the validation images."""
     data = load_data(name, train_size=train_size)
-    images, labels = data.validation
+    images, labels = (part[:validation_size] for part in data.validation)
     return replace(
-        data, validation=Split(images[:validation_size], labels[:validation_size])
+        data, validation=replace(data.validation, images=images, labels=labels)
     )
 
 

@@ -74,7 +74,8 @@ def read_pair(
         classes: Number of classes; labels run from 0 to one less.
 
     Returns:
-        Pixels from 0 to 255, uint8, shape ``(n, side, side)``; labels, int64, ``(n,)``.
+        Pixels from 0 to 255, uint8, shape ``(n, 1, side, side)``; labels, int64, shape
+        ``(n,)``.
 
     Raises:
         FileNotFoundError: If a file is missing; the message lists all four.
@@ -100,7 +101,7 @@ def read_pair(
             f"{paths[1]} has the label {largest}, expected labels below {classes}. "
             f"{_AGAIN}"
         )
-    return images, labels
+    return images.unsqueeze(1), labels
 
 
 def where_to_put(folder: str | os.PathLike[str]) -> str:

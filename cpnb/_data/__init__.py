@@ -1,0 +1,1 @@
+"""The parts behind `cpnb.load_data`."""
