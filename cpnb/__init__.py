@@ -11,6 +11,7 @@ from cpnb.base import CPLayer
 from cpnb.bounded import bounded_als
 from cpnb.budgets import FlopRatio, ParameterRatio
 from cpnb.checkpoints import load_weights, save_model
+from cpnb.comparison import Comparison, compare
 from cpnb.conv import CPConv1d, CPConv2d, CPConv3d
 from cpnb.cp import (
     canonical_gauge,
@@ -52,6 +53,7 @@ from cpnb.linear import CPLinear
 from cpnb.lowrank import tai, tai_decompose
 from cpnb.models import AlexNet, DigitsNet, LeNet
 from cpnb.ranks import break_even_rank, resolve_rank
+from cpnb.recipes import Recipe
 from cpnb.report import TruncationReport, truncation_report
 from cpnb.resnet import VGG, ResNet
 from cpnb.rules import EffectiveRank, EnergyRank, FitRank
@@ -65,6 +67,7 @@ __version__ = "0.1.0"
 
 # Pictures and widgets bring matplotlib and ipywidgets with them: loaded when asked for.
 _LAZY = {
+    "CurveExplorer": lambda: import_module("cpnb._explorer.curves").CurveExplorer,
     "DegeneracyExplorer": lambda: (
         import_module("cpnb._explorer.degeneracy").DegeneracyExplorer
     ),
@@ -82,6 +85,8 @@ __all__ = [
     "CPLayer",
     "CPLinear",
     "CPResult",
+    "Comparison",
+    "CurveExplorer",
     "Dataset",
     "DecompositionInfo",
     "Degeneracy",
@@ -98,6 +103,7 @@ __all__ = [
     "ParameterRatio",
     "RankExplorer",
     "RankSweep",
+    "Recipe",
     "ResNet",
     "Run",
     "SignalReport",
@@ -113,6 +119,7 @@ __all__ = [
     "canonical_gauge",
     "canonicalize",
     "circular_lipschitz",
+    "compare",
     "component_gram",
     "component_order",
     "cp_layers",

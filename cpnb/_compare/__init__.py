@@ -1,0 +1,1 @@
+"""What stands behind `cpnb.compare`: cells, their records, and the table of all."""

@@ -1,0 +1,112 @@
+"""Recipes: described the same everywhere, refused early, built from a seed alone."""
+
+import json
+import pickle
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+import cpnb
+from cpnb import ParameterRatio, Recipe
+from cpnb._compare.describe import describe
+from cpnb.hooks import Hook
+from cpnb.recipes import NETWORKS
+
+
+def tiny(generator):
+    """A linear network for 8×8 images."""
+    return nn.Sequential(nn.Flatten(), cpnb.CPLinear(64, 10, generator=generator))
+
+
+def measured(network, data, seed):
+    """Something to measure."""
+    return {"seed": seed}
+
+
+EVERYTHING = Recipe(
+    "all-of_it+1.0",
+    tiny,
+    "canonical",
+    {"rank": ParameterRatio(0.5), "init": cpnb.unified},
+    hooks=(Hook, partial(Hook)),
+    settings={"epochs": 2, "optimizer": "sgd", "schedule": None},
+    measure=measured,
+)
+
+
+def test_recipe_is_described_in_the_types_of_json():
+    said = EVERYTHING.describe()
+    assert json.loads(json.dumps(said)) == said
+    assert said["network"] == f"{__name__}.tiny"
+    assert said["options"] == {
+        "rank": {"call": "cpnb.ParameterRatio", "ratio": 0.5},
+        "init": "cpnb.unified",
+    }
+    assert said["hooks"] == ["cpnb.hooks.Hook", {"call": "cpnb.hooks.Hook"}]
+
+
+def test_recipe_survives_the_way_to_another_process():
+    again = pickle.loads(pickle.dumps(EVERYTHING))
+    assert again.describe() == EVERYTHING.describe()
+
+
+def test_describe_tells_arguments_of_partials_apart():
+    first, second = (describe(partial(cpnb.load_data, seed=seed)) for seed in (0, 1))
+    assert first == {"call": "cpnb.load_data", "seed": 0} != second
+
+
+@pytest.mark.parametrize("value", [object(), torch.zeros(2), {1, 2}])
+def test_recipe_refuses_what_a_record_cannot_describe(value):
+    with pytest.raises(TypeError, match=f"options holds a {type(value).__name__}"):
+        Recipe("x", "LeNet", options={"given": value})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": "a/b"}, r"name is 'a/b', expected letters, digits"),
+        ({"network": "LeNet5"}, r"network is 'LeNet5', expected one of 'DigitsNet'"),
+        ({"normalizer": "wieght"}, r"normalizer is 'wieght', expected one of 'none'"),
+        ({"settings": {"epoch": 1}}, r"settings holds \['epoch'\], expected arguments"),
+        ({"settings": {"seed": 1}}, r"settings holds \['seed'\]"),
+    ],
+)
+def test_recipe_refuses_what_would_fail_after_the_first_training(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Recipe(**{"name": "x", "network": "LeNet"} | changes)
+
+
+def test_recipe_builds_the_same_network_from_the_same_seed():
+    recipe = Recipe("x", "DigitsNet", "canonical", {"rank": 2, "init": "power"})
+    first, again, other = (recipe.build(10, seed) for seed in (0, 0, 1))
+    assert first.state_dict().keys() == again.state_dict().keys()
+    for name, tensor in first.state_dict().items():
+        assert tensor.equal(again.state_dict()[name])
+    assert not first.conv2.weight.equal(other.conv2.weight)
+    assert list(cpnb.cp_layers(first)) == ["conv1", "conv2", "fc1", "fc2"]
+
+
+def test_recipe_leaves_torchs_generator_alone():
+    state = torch.get_rng_state()
+    for normalizer in ("none", "canonical"):
+        Recipe("x", "DigitsNet", normalizer).build(10, 0)
+    assert torch.get_rng_state().equal(state)
+
+
+def test_recipe_takes_a_normalizer_of_the_readers_own():
+    def halved(network, by):
+        for parameter in network.parameters():
+            parameter.data.mul_(by)
+        return network
+
+    plain = Recipe("x", "DigitsNet").build(10, 0)
+    own = Recipe("x", "DigitsNet", halved, {"by": 0.5}).build(10, 0)
+    torch.testing.assert_close(own.conv1.weight, plain.conv1.weight / 2)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_recipe_builds_every_network_with_the_wanted_classes(name):
+    network = Recipe("x", name).build(7, 0)
+    assert list(network.parameters())[-1].shape == (7,)
