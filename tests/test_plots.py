@@ -60,15 +60,24 @@ def boxes(ax):
     return [text.get_window_extent() for text in ax.texts]
 
 
-def test_methods_differ_in_colour_and_marker_within_their_family():
+def test_methods_differ_in_colour_or_marker_from_all_they_are_drawn_with():
     names = list(plots.METHOD_STYLES)
-    for family in (names[:3], names[3:]):
-        styles = [plots.METHOD_STYLES[name] for name in family]
-        assert len({style.color for style in styles}) == len(styles)
-        assert len({style.marker for style in styles}) == len(styles)
-        assert {style.color for style in styles} <= OKABE_ITO | {"#555555"}
+    starts = [names.index(name) for name in ("none", "canonical-unified", "lam")]
+    # Normalizations with and without the starts of a canonical network; the rest.
+    families = names[: starts[1]], names[: names.index("low-rank")], names[starts[2] :]
+    families = *families, ["dense", *names[names.index("low-rank") : starts[2]]]
+    for family in families:
+        styles = {name: plots.METHOD_STYLES[name][1:] for name in family}
+        styles.pop("dense", None)  # looks as "none", which is the same network
+        styles.pop("canonical", None)  # looks as its default start
+        assert len(set(styles.values())) == len(styles)
+        assert {color for color, _ in styles.values()} <= OKABE_ITO | {"#555555"}
+    for family in (["dense", "weight", "canonical"], names[starts[2] :]):
+        for place in (1, 2):
+            looks = {plots.METHOD_STYLES[name][place] for name in family}
+            assert len(looks) == len(family)
     grey = [name for name in names if plots.METHOD_STYLES[name].color == "#555555"]
-    assert grey == ["dense"]
+    assert grey == ["dense", "none"]
 
 
 def test_style_sheet_cycles_through_okabe_ito():
@@ -88,6 +97,21 @@ def test_plot_training_draws_mean_and_sample_deviation():
     assert (corners.ymin, corners.ymax) == pytest.approx((0.2, 0.8))
     assert texts(ax) == ["canonical (CP), n = 3"]
     assert ax.get_ylabel() == "validation accuracy, mean ± 1 std"
+
+
+def test_plot_training_draws_against_seconds_of_training():
+    runs = [run([0.2, 0.6]), run([0.4, 0.8])]
+    for number, made in enumerate(runs):
+        for epoch, record in enumerate(made.history):
+            record["seconds"] = 10.0 + number + epoch
+    ax = plots.plot_training({"canonical": runs}, axis="seconds")
+    (line,) = line_data(ax)
+    np.testing.assert_allclose(line, [[10.5, 22.0], [0.3, 0.7]])
+    assert ax.get_xlabel() == "seconds of training"
+    with pytest.raises(
+        ValueError, match="axis is 'minutes', expected one of epoch, se"
+    ):
+        plots.plot_training({"canonical": runs}, axis="minutes")
 
 
 def test_plot_training_draws_no_band_for_one_run():
@@ -112,11 +136,11 @@ def test_plot_training_labels_keep_apart_and_inside_the_figure():
 
 
 def test_plot_training_takes_a_legend_for_more_than_three_methods():
-    names = ["dense", "weight", "canonical", "batch"]
+    names = ["dense", "weight", "canonical", "mine"]
     ax = plots.plot_training({name: run([0.5]) for name in names}, "seconds")
     found = [text.get_text() for text in ax.get_legend().get_texts()]
     assert found[0] == "dense, n = 1"
-    assert found[3] == "batch, n = 1"
+    assert found[3] == "mine, n = 1"
     colors = [to_hex(line.get_color()) for line in ax.get_lines()]
     assert len(set(colors)) == 4
     assert ax.get_ylabel() == "seconds per epoch"

@@ -24,10 +24,34 @@ class MethodStyle(NamedTuple):
 
 
 METHOD_STYLES = {
-    # How a network is parametrised.
+    # How a network is parametrised or normalised: one colour for each kin.
     "dense": MethodStyle("dense", GREY, "D"),
+    "none": MethodStyle("none", GREY, "D"),
+    "batch": MethodStyle("batch norm", GREEN, "^"),
+    "group": MethodStyle("group norm", GREEN, "v"),
+    "layer": MethodStyle("layer norm", GREEN, "P"),
     "weight": MethodStyle("weight norm", VERMILION, "s"),
+    "weight_data_init": MethodStyle("weight norm, data init", VERMILION, "d"),
+    "conditioned": MethodStyle("conditioned", ORANGE, "X"),
+    "scaling": MethodStyle("scaling (SBWN)", ORANGE, "v"),
+    "standardized": MethodStyle("standardized", SKY, "^"),
+    "centered": MethodStyle("centered weight norm", SKY, "v"),
+    "spectral": MethodStyle("spectral norm", PURPLE, "X"),
+    "orthogonal": MethodStyle("orthogonal", PURPLE, "P"),
+    "oni": MethodStyle("ONI", PURPLE, "p"),
     "canonical": MethodStyle("canonical (CP)", BLUE, "o"),
+    # Where a canonical network starts.
+    "canonical-unified": MethodStyle("canonical, unified", BLUE, "o"),
+    "canonical-gaussian": MethodStyle("canonical, Gaussian", BLUE, "^"),
+    "canonical-uniform": MethodStyle("canonical, uniform", BLUE, "v"),
+    "canonical-power": MethodStyle("canonical, power", BLUE, "s"),
+    # How a layer is factorised.
+    "low-rank": MethodStyle("low-rank", VERMILION, "v"),
+    "SI": MethodStyle("spectral init", ORANGE, "<"),
+    "FD": MethodStyle("Frobenius decay", PURPLE, ">"),
+    "SI+FD": MethodStyle("spectral init + Frobenius decay", GREEN, "P"),
+    "CP": MethodStyle("CP", BLUE, "o"),
+    "CP+FD": MethodStyle("CP + Frobenius decay", SKY, "*"),
     # How components are dropped.
     "lam": MethodStyle("top |λ|", VERMILION, "v"),
     "lam+refit": MethodStyle("top |λ| + refit", ORANGE, "^"),
