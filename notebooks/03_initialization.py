@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import cpnb
 from cpnb import plots
-from cpnb.experiments import STARTS, read_record, runs, select, tuned_rates
+from cpnb.experiments import EXPERIMENTS, STARTS, read_results
 from cpnb.unified import FORMATS
 
 plots.use_style()
@@ -750,25 +750,29 @@ for name, values in deep_tested.items():
 #
 # The same race with the paper's LeNet at the authors' ranks takes longer than a
 # notebook should. `python -m cpnb.experiments run initialization-mnist` ran it and left
-# a record, which this cell reads; no data set is needed.
+# records, which this cell reads; no data set is needed.
 
 # %%
-record = read_record("results/initialization-mnist.json")
-wanted, cells = record["settings"], record["cells"]
-rates = tuned_rates(record)
+NAME = "initialization-mnist"
+wanted, mnist = EXPERIMENTS[NAME], read_results("results")[NAME]
+rates = {name: record.best[0] for name, record in mnist.records.items()}
+cells = [cell for record in mnist.records.values() for cell in record.cells]
 place = cells[0]["provenance"]
 minutes = sum(sum(cell["seconds"]) for cell in cells) / 60
-print(wanted["title"])
-print(record["data"])
-print("ranks:", ", ".join(f"{name} {rank}" for name, rank in wanted["ranks"].items()))
-print(f"{wanted['optimizer']}, batch {wanted['batch_size']}, rates {wanted['rates']}")
+recipe, source = mnist.records["unified"].recipe, mnist.records["unified"].data
+ranks, settings = recipe["options"]["rank"], recipe["settings"]
+print(wanted.title)
+print(source["holds"])
+print("ranks:", ", ".join(f"{name} {rank}" for name, rank in ranks.items()))
+print(f"{settings['optimizer']}, batch {settings['batch_size']}, rates", end=" ")
+print(*wanted.tune["lr"])
 print(f"{len(cells)} runs, {minutes:.0f} minutes of training, {place['date'][:10]}")
 print(
     f"{place['device']}, {place['threads']} thread, torch {place['versions']['torch']}"
 )
 
 # %%
-mnist_races = {name: runs(record, phase="test", start=name) for name in NAMES}
+mnist_races = mnist.runs()
 fig, axes = plt.subplots(1, 2, figsize=(10, 3.6))
 plots.plot_training(mnist_races, "train_loss", ax=axes[0])
 plots.plot_training(mnist_races, "validation_accuracy", ax=axes[1])
@@ -782,17 +786,15 @@ plt.show()
 # a reduced size: few training images, few epochs.
 
 # %%
-mnist_tested = {
-    name: [cell["test_accuracy"] for cell in select(record, phase="test", start=name)]
-    for name in NAMES
-}
+tests = {name: mnist.records[name].tested for name in NAMES}
+mnist_tested = {name: [cell["test_accuracy"] for cell in tests[name]] for name in NAMES}
 mnist_gaps = report(mnist_tested, rates)
 for name in NAMES:
-    tests = select(record, phase="test", start=name)
-    first = sum(cell["start_validation_loss"] for cell in tests) / len(tests)
+    losses = [cell["start_validation_loss"] for cell in tests[name]]
+    first = sum(losses) / len(losses)
     print(f"{name:14} first loss {first:.2f}")
 for name in NAMES:
-    if rates[name] in (min(wanted["rates"]), max(wanted["rates"])):
+    if rates[name] in (min(wanted.tune["lr"]), max(wanted.tune["lr"])):
         print(f"{name}: the best rate is at the edge of the grid")
 
 # %% [markdown]
@@ -803,10 +805,11 @@ for name in NAMES:
 # What does the fit itself cost? The seconds to start one LeNet, before any training:
 
 # %%
-waits = {name: [] for name in NAMES}
-for cell in cells:
-    waits[cell["start"]].append(cell["start_seconds"])
-waits = {name: torch.tensor(seconds).median().item() for name, seconds in waits.items()}
+waits = {
+    name: torch.tensor([cell["start_seconds"] for cell in mnist.records[name].cells])
+    for name in NAMES
+}
+waits = {name: seconds.median().item() for name, seconds in waits.items()}
 epoch = torch.tensor([cell["seconds"] for cell in cells]).median().item()
 for name, seconds in waits.items():
     print(f"{name:14} {seconds:6.2f} s, {seconds / epoch:6.1%} of an epoch")
@@ -839,7 +842,7 @@ def answer():
         f"better than the power method. Points of test accuracy against it, 95 %: on "
         f"digits (n = {len(SEEDS)}) "
         + ", ".join(verdict(name, digits_gaps) for name in (*cheap, "als"))
-        + f"; on MNIST at reduced size (n = {len(wanted['seeds'])}) "
+        + f"; on MNIST at reduced size (n = {len(wanted.seeds)}) "
         + ", ".join(verdict(name, mnist_gaps) for name in (*cheap, "als"))
         + f". The nearest random starts are {near['digits']} on digits and "
         f"{near['MNIST']} on MNIST. For the unified start the last layer matters: with "
@@ -897,6 +900,6 @@ print(textwrap.fill(answer(), 84))
 # doi:10.1109/5.726791 (MNIST).
 
 # %%
-versions = record["cells"][0]["provenance"]["versions"]
+versions = place["versions"]
 print(f"here: cpnb {cpnb.__version__}, torch {torch.__version__.split('+')[0]}")
-print("record:", ", ".join(f"{name} {version}" for name, version in versions.items()))
+print("records:", ", ".join(f"{name} {version}" for name, version in versions.items()))

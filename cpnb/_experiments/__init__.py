@@ -1,1 +1,1 @@
-"""What stands behind `cpnb.experiments`: one cell at a time, and the record of all."""
+"""What stands behind `cpnb.experiments`: the definitions, and what the records say."""

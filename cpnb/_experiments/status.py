@@ -2,77 +2,78 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from pathlib import Path
-from statistics import mean, stdev
+from collections.abc import Iterable, Mapping
 
-from cpnb._experiments.cells import Experiment
-from cpnb._experiments.record import (
-    Record,
-    is_complete,
-    read_record,
-    record_path,
-    select,
-)
+from cpnb._compare.table import percent
+from cpnb._experiments.definitions import Experiment
+from cpnb.comparison import Comparison
+
+_HEAD = ["recipe", "rate (tuned)", "n", "validation", "test", "diverged", "seconds"]
 
 
-def text_of_records(experiments: Iterable[Experiment], folder: Path) -> str:
-    """What exists in a folder of records and what is outstanding, in Markdown."""
+def text_of_records(
+    experiments: Iterable[Experiment], results: Mapping[str, Comparison]
+) -> str:
+    """What exists among some experiments and what is outstanding, in Markdown."""
     lines = [
         "# Records",
         "",
         "Made by `python -m cpnb.experiments status --write`; do not edit. The",
         "notebooks read these records where an experiment is too long to run in them.",
+        "Accuracies are those after the last epoch, mean ± standard deviation over the",
+        "seeds; seconds are those of training one network.",
     ]
     for experiment in experiments:
-        path = record_path(folder, experiment.name)
         lines += ["", f"## {experiment.name}", "", f"{experiment.title}.", ""]
-        record = read_record(path) if path.exists() else None
-        lines += _status_of(record) if record else ["**Outstanding**: never run."]
+        found = results.get(experiment.name)
+        lines += _status(experiment, found) if found else ["**Outstanding**: not run."]
         lines += ["", f"`python -m cpnb.experiments run {experiment.name}`"]
     return "\n".join(lines) + "\n"
 
 
-def _status_of(record: Record) -> list[str]:
-    """Lines about one record: provenance, then a table of the tested networks."""
-    done = record["cells"]
-    places = [cell["provenance"] for cell in done]
+def _status(experiment: Experiment, found: Comparison) -> list[str]:
+    """Lines about one comparison: provenance, then a table of the tested networks."""
+    records = list(found.records.values())
+    cells = [cell for record in records for cell in record.cells]
+    places = [cell["provenance"] for cell in cells]
     dates = sorted(place["date"][:10] for place in places)
-    seconds = sum(cell["start_seconds"] + sum(cell["seconds"]) for cell in done)
+    minutes = sum(
+        cell["start_seconds"] + sum(cell["seconds"]) / cell["together"]
+        for cell in cells
+    )
 
     def all_of(*names: str) -> str:
-        found = {" ".join(str(place[name]) for name in names) for place in places}
-        return ", ".join(sorted(found))
+        said = {" ".join(str(place[name]) for name in names) for place in places}
+        return ", ".join(sorted(said))
 
     versions = [
         ", ".join(sorted({str(place["versions"][name]) for place in places}))
         for name in ("cpnb", "torch", "python")
     ]
-    state = "complete" if is_complete(record) else "**outstanding**: not complete"
+    missing = [
+        recipe.name
+        for recipe in experiment.recipes
+        if recipe.name not in found.records
+        or not found.records[recipe.name].is_complete
+    ]
+    state = f"**outstanding**: {', '.join(missing)}" if missing else "complete"
+    remarks = sorted({place["remark"] for place in places if "remark" in place})
     lines = [
-        f"- {state}, {len(done)} cells, {seconds / 60:.0f} minutes of training in all",
+        f"- {state}; {len(cells)} cells, {minutes / 60:.0f} minutes of training in all",
         f"- made {dates[0]} to {dates[-1]} on {all_of('device', 'machine')}, "
         f"{all_of('threads')} thread(s) per cell",
         f"- cpnb {versions[0]}, torch {versions[1]}, Python {versions[2]}; "
         f"commit {all_of('commit')}",
-        f"- {record['data']}",
+        *(f"- {text}" for text in sorted({r.data["holds"] for r in records})),
+        *(f"- {remark}" for remark in remarks),
         "",
-        "| start | rate (tuned) | n | validation accuracy | test accuracy | diverged |",
-        "|---|---|---|---|---|---|",
+        f"| {' | '.join(_HEAD)} |",
+        "|---" * len(_HEAD) + "|",
     ]
-    for start in record["settings"]["starts"]:
-        cells = select(record, phase="test", start=start)
-        good = [cell for cell in cells if cell["status"] == "finished"]
-        if good:
-            lines.append(
-                f"| {start} | {cells[0]['lr']:g} | {len(good)} | "
-                f"{_spread([cell['validation_accuracy'][-1] for cell in good])} | "
-                f"{_spread([cell['test_accuracy'] for cell in good])} | "
-                f"{len(cells) - len(good)} |"
-            )
+    for row in found.rows():
+        if row["n"] or row["diverged"]:
+            seconds = "" if row["seconds"] is None else f"{row['seconds']:.1f}"
+            entries = [row["recipe"], f"{row['lr']:g}", str(row["n"])]
+            entries += [percent(row["validation"]), percent(row["test"])]
+            lines.append(f"| {' | '.join([*entries, str(row['diverged']), seconds])} |")
     return lines
-
-
-def _spread(shares: Sequence[float]) -> str:
-    text = f"{mean(shares):.2%}"
-    return text + (f" ± {100 * stdev(shares):.2f}" if len(shares) > 1 else "")
