@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import Any
 
 from cpnb.als import als
+from cpnb.augmentation import Augment
 from cpnb.base import CPLayer
 from cpnb.bounded import bounded_als
 from cpnb.budgets import FlopRatio, ParameterRatio
@@ -48,6 +49,7 @@ from cpnb.diagnostics import (
     top_hessian_eigenvalue,
 )
 from cpnb.evaluation import accuracy, evaluate
+from cpnb.hooks import Hook
 from cpnb.initializers import INITIALIZERS, gaussian, unified, uniform
 from cpnb.linear import CPLinear
 from cpnb.lowrank import tai, tai_decompose
@@ -79,6 +81,7 @@ __all__ = [
     "INITIALIZERS",
     "VGG",
     "AlexNet",
+    "Augment",
     "CPConv1d",
     "CPConv2d",
     "CPConv3d",
@@ -98,6 +101,7 @@ __all__ = [
     "FitRank",
     "FlopRatio",
     "HessianEigenvalue",
+    "Hook",
     "LeNet",
     "LossSlice",
     "ParameterRatio",

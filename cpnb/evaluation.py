@@ -184,13 +184,17 @@ def place(
     if isinstance(given, Split):
         images = given.to(device).standardized(dtype)
     images, labels = images.to(device, dtype), labels.to(device, torch.long)
-    if channels_last and images.ndim == 4:
-        # Cloned, because torch leaves one-channel images as they are when asked for
-        # memory_format=channels_last, and a convolution then computes channels first.
-        innermost = images.permute(0, 2, 3, 1)
-        innermost = innermost.clone(memory_format=torch.contiguous_format)
-        images = innermost.permute(0, 3, 1, 2)
-    return images, labels
+    return innermost(images) if channels_last else images, labels
+
+
+def innermost(images: Tensor) -> Tensor:
+    """Copy images of shape ``(n, c, h, w)`` with the colours innermost, others not."""
+    if images.ndim != 4:
+        return images
+    # Cloned, because torch leaves one-channel images as they are when asked for
+    # memory_format=channels_last, and a convolution then computes channels first.
+    moved = images.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format)
+    return moved.permute(0, 3, 1, 2)
 
 
 def check_scores(scores: Tensor, rows: int, largest: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
@@ -31,6 +32,13 @@ class Hook:
 
     def stop(self, model: nn.Module) -> None:
         """Called once at the end, also after an error or Ctrl-C."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must keep of the hook: tensors, numbers and texts."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state that `state_dict` returned; called after `start`."""
 
     def __repr__(self) -> str:
         """Name of the class, as it goes into the recipe of a run; add the settings."""

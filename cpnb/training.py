@@ -1,30 +1,24 @@
-"""Train a classifier on tensors: one loop, seeded, with a record of the run."""
+"""Train classifiers on tensors: one loop, seeded, with a record of each run."""
 
 from __future__ import annotations
 
-import math
 import os
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch import nn
 
 from cpnb._checks import check_count, check_module
-from cpnb._training.batches import Pair, batches_of, training_pairs
-from cpnb.evaluation import evaluate, preserved_flags
-from cpnb.hooks import Hook, check_hooks, model_hooks, running
-from cpnb.optimizers import build_optimizer
-from cpnb.randomness import seeded
+from cpnb._training.batches import Pair, training_source
+from cpnb._training.checkpoint import Checkpoint
+from cpnb._training.loop import Training
+from cpnb._training.networks import Single, check_trainable, trained
+from cpnb._training.settings import Callback, Settings
+from cpnb.augmentation import Augment
+from cpnb.evaluation import preserved_flags
+from cpnb.hooks import Hook, model_hooks
+from cpnb.optimizers import MakeOptimizer, check_optimizer
 from cpnb.records import Run, provenance
-
-SCHEDULES = (None, "cosine")
-
-Callback = Callable[[int, nn.Module, dict[str, float | None]], Any]
 
 
 def fit(
@@ -34,14 +28,19 @@ def fit(
     validation: Pair | None = None,
     epochs: int = 30,
     batch_size: int = 32,
-    optimizer: str | Callable[[list[nn.Parameter]], Optimizer] = "adam",
+    optimizer: str | MakeOptimizer = "adam",
     lr: float = 0.003,
     momentum: float = 0.9,
     weight_decay: float = 0.0,
     schedule: str | None = "cosine",
     seed: int = 0,
+    augment: Augment | None = None,
     hooks: Sequence[Hook] = (),
+    amp: bool | str = False,
     channels_last: bool = True,
+    compile: bool = False,
+    cuda_graph: bool = False,
+    checkpoint: str | os.PathLike[str] | None = None,
     callback: Callback | None = None,
     progress: bool = True,
 ) -> Run:
@@ -52,11 +51,14 @@ def fit(
     gathers the whole kernel.
 
     The same arguments, threads and device give the same weights: the seed decides the
-    order of the images and the dropout. Global random states are put back afterwards,
-    and so is every submodule's ``training`` flag.
+    order of the images, their augmentation and the dropout, whose draws are the same on
+    every device. Global random states are put back afterwards, and so is every
+    submodule's ``training`` flag.
 
     Ctrl-C, or a loss that is not finite, ends the training. The model then keeps the
-    weights of the last step, and the history holds the completed epochs.
+    weights of the last step, and the history holds the completed epochs. With a
+    checkpoint the same call goes on after the last completed epoch, also after a crash,
+    and ends with the same curve as if nothing had happened.
 
     Args:
         model: Maps images ``(n, ...)`` to scores ``(n, classes)``. Trained on the
@@ -74,13 +76,25 @@ def fit(
         lr: Learning rate.
         momentum: Momentum of ``"sgd"``; the other optimizers have none.
         weight_decay: Weight decay.
-        schedule: ``"cosine"`` anneals the learning rate to 0; None keeps it constant.
-        seed: Seed of the image order and of dropout.
+        schedule: ``"cosine"`` anneals the learning rate to 0; ``"step"`` divides it by
+            ten after a half and again after three quarters of the steps;
+            ``"one-cycle"`` lets it rise to ``lr`` over the first 30 % and fall to
+            nearly 0; None keeps it constant.
+        seed: Seed of the image order, of the augmentation and of dropout.
+        augment: Random changes of the training images, such as
+            ``Augment(crop=4, flip=True)``.
         hooks: Called around each step, after those that came with the model; see
             :class:`cpnb.hooks.Hook`.
+        amp: Mixed precision: ``"bfloat16"``, ``"float16"`` with a scaled loss, or True
+            for what the device is good at.
         channels_last: Store the colours of an image innermost, which convolution and
             pooling run faster on, unless the network fails on it, as one that calls
             ``view`` does.
+        compile: Run the network through `torch.compile`; pays on a GPU, after a wait.
+        cuda_graph: Capture the step in a CUDA graph and replay it; needs a CUDA device,
+            no hooks and an optimizer by name.
+        checkpoint: File that keeps the state after each epoch. If it is there already,
+            the training goes on from it, or returns at once if it had ended.
         callback: Called as ``callback(epoch, model, record)`` after each epoch.
         progress: Show a text progress bar with images per second.
 
@@ -89,82 +103,47 @@ def fit(
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If an argument has an impossible value. The model is unchanged.
+        ValueError: If an argument has an impossible value, or the checkpoint is of
+            another training. The model is unchanged.
     """
     check_module(model)
-    epochs = check_count(epochs, "epochs")
-    batch_size = check_count(batch_size, "batch_size")
     seed = check_count(seed, "seed", least=0)
-    if schedule not in SCHEDULES:
-        raise ValueError(f'schedule is {schedule!r}, expected None or "cosine".')
-    hooks = [*model_hooks(model), *check_hooks(hooks)]
-    if callback is not None and not callable(callback):
-        raise TypeError(
-            f"callback is a {type(callback).__name__}, expected a function of epoch, "
-            "model and record."
-        )
-    trained = [p for p in model.parameters() if p.requires_grad]
-    descent, settings = build_optimizer(optimizer, trained, lr, momentum, weight_decay)
-
-    pairs, channels_last = training_pairs(model, data, validation, channels_last)
-    labels = pairs[0][1]
-    steps = epochs * len(batches_of(torch.arange(len(labels)), batch_size))
-    cosine = CosineAnnealingLR(descent, steps) if schedule == "cosine" else None
-    run = Run(
-        status="finished",
-        history=[],
-        recipe={
-            "model": type(model).__name__,
-            "trained_parameters": sum(parameter.numel() for parameter in trained),
-            "data": getattr(data, "name", "pair of tensors"),
-            "data_seed": getattr(data, "seed", None),
-            "images": [len(labels) for _, labels in pairs],
-            "epochs": epochs,
-            "batch_size": batch_size,
-            **settings,
-            "schedule": schedule,
-            "seed": seed,
-            "hooks": [str(hook) for hook in hooks],
-            "channels_last": channels_last,
-        },
-        provenance=provenance(labels.device),
+    settings = Settings(
+        epochs=epochs,
+        batch_size=batch_size,
+        optimizer=optimizer,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        schedule=schedule,
+        augment=augment,
+        hooks=hooks,
+        amp=amp,
+        compile=compile,
+        cuda_graph=cuda_graph,
+        callback=callback,
     )
-    shuffle = torch.Generator().manual_seed(seed)
-    with (
-        _progress_bar(epochs * len(labels), progress) as bar,
-        seeded(seed, labels.device),
-        preserved_flags(model),
-        running(hooks, model, descent),
-    ):
-        try:
-            for epoch in range(1, epochs + 1):
-                bar.set_description(f"epoch {epoch}/{epochs}", refresh=False)
-                start = time.perf_counter()
-                order = torch.randperm(len(labels), generator=shuffle)
-                batches = batches_of(order.to(labels.device), batch_size)
-                first = (epoch - 1) * len(batches)
-                loss, share = _train_epoch(
-                    model, pairs[0], batches, descent, cosine, hooks, first, bar
-                )
-                seconds = time.perf_counter() - start
-                held_out = evaluate(model, pairs[1]) if len(pairs) > 1 else {}
-                record = {
-                    "epoch": epoch,
-                    "train_loss": loss,
-                    "train_accuracy": share,
-                    "validation_loss": held_out.get("loss"),
-                    "validation_accuracy": held_out.get("accuracy"),
-                    "seconds": seconds,
-                }
-                if not math.isfinite(loss + held_out.get("loss", 0.0)):
-                    run.status = "diverged"
-                    break
-                run.history.append(record)
-                bar.set_postfix_str(_summary(record), refresh=False)
-                if callback is not None:
-                    callback(epoch, model, record)
-        except KeyboardInterrupt:
-            run.status = "interrupted"
+    chosen = check_optimizer(optimizer, lr, momentum, weight_decay)
+    check_trainable(model)
+    source = training_source(model, data, validation, channels_last, augment)
+    hooks = [*model_hooks(model), *settings.hooks]
+    settings.check_device(source.labels.device, hooks)
+    recipe = {
+        "model": type(model).__name__,
+        "trained_parameters": sum(p.numel() for p in trained(model).values()),
+        "data": getattr(data, "name", "pair of tensors"),
+        "data_seed": getattr(data, "seed", None),
+        "images": source.counts,
+        **chosen,
+        **settings.recipe(source.labels.device),
+        "seed": seed,
+        "hooks": [str(hook) for hook in hooks],
+        "channels_last": source.channels_last,
+    }
+    run = Run("finished", [], recipe, provenance(source.labels.device))
+    training = Training(Single(model), source, settings, [run], hooks)
+    kept = None if checkpoint is None else Checkpoint(checkpoint, training)
+    with _progress_bar(training.images, progress) as bar, preserved_flags(model):
+        training.run(bar, kept)
         if run.status != "finished":
             bar.set_description(f"{run.status} in epoch {len(run.history) + 1}")
     return run
@@ -182,49 +161,6 @@ def fast_mode() -> bool:
     if value in ("", "0", "false", "no", "off"):
         return False
     raise ValueError(f"CPNB_FAST is {value!r}, expected 1 or 0.")
-
-
-def _train_epoch(
-    model: nn.Module,
-    pair: Pair,
-    batches: Sequence[Tensor],
-    descent: Optimizer,
-    cosine: CosineAnnealingLR | None,
-    hooks: Sequence[Hook],
-    first: int,
-    bar: Any,
-) -> tuple[float, float]:
-    """One step per batch of indices; mean loss and accuracy as they were on the way."""
-    images, labels = pair
-    loss_sum, correct = torch.zeros((2, 1), device=labels.device).unbind()
-    model.train()
-    for step, index in enumerate(batches, first):
-        for hook in hooks:
-            hook.before_forward(model, step)
-        target = labels[index]
-        scores = model(images[index])
-        loss = F.cross_entropy(scores, target)
-        descent.zero_grad()
-        loss.backward()
-        for hook in hooks:
-            hook.before_step(model, descent, step)
-        descent.step()
-        for hook in hooks:
-            hook.after_step(model, descent, step)
-        if cosine is not None:
-            cosine.step()
-        # Added up on the device: to read a number back would be to wait for it.
-        loss_sum += loss.detach() * len(index)
-        correct += (scores.detach().argmax(1) == target).sum()
-        bar.update(len(index))
-    return loss_sum.item() / len(labels), correct.item() / len(labels)
-
-
-def _summary(record: dict[str, float | None]) -> str:
-    text = f"loss {record['train_loss']:.3f}, accuracy {record['train_accuracy']:.1%}"
-    if record["validation_accuracy"] is not None:
-        text += f", validation {record['validation_accuracy']:.1%}"
-    return text
 
 
 def _progress_bar(total: int, progress: bool) -> Any:

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from cpnb.data import load_data
+from cpnb.augmentation import Augment
+from cpnb.data import Split, load_data
 from cpnb.evaluation import accuracy, evaluate
 from cpnb.hooks import Hook
 from cpnb.models import DigitsNet
@@ -306,6 +307,10 @@ def test_fit_recipe_names_what_was_used():
         "weight_decay": 0.0,
         "schedule": "cosine",
         "seed": 0,
+        "augment": None,
+        "amp": None,
+        "compile": False,
+        "cuda_graph": False,
         "hooks": [],
         "channels_last": True,
     }
@@ -328,7 +333,11 @@ def test_fit_recipe_names_what_was_used():
         ({"weight_decay": -1}, ValueError, "weight_decay is -1, expected a number at"),
         ({"optimizer": "lion"}, ValueError, "optimizer is 'lion', expected one of 'ad"),
         ({"optimizer": list}, TypeError, "optimizer returned a list, expected a torch"),
-        ({"schedule": "step"}, ValueError, "schedule is 'step', expected None or \"co"),
+        ({"schedule": "steps"}, ValueError, "schedule is 'steps', expected one of No"),
+        ({"augment": True}, TypeError, "augment is True, expected a cpnb.Augment or"),
+        ({"augment": Augment()}, ValueError, "images have shape (30, 6), expected (n"),
+        ({"amp": "half"}, ValueError, "amp is 'half', expected False, True, 'bfloat16"),
+        ({"cuda_graph": True}, ValueError, "cuda_graph is True with a cpu device, exp"),
         ({"callback": 1}, TypeError, "callback is a int, expected a function of epoch"),
         ({"hooks": [len]}, TypeError, "hooks[0] is a builtin_function_or_method, exp"),
         ({"hooks": Hook()}, TypeError, "hooks is a single hook, expected a list"),
@@ -474,3 +483,165 @@ def test_fit_stops_hooks_once_whatever_happens(ending):
             fit(small_net(), pair(), **arguments)
     assert hook.calls[-2:] == ["step 1", "stop"]
     assert hook.calls.count("stop") == 1
+
+
+def test_fit_reads_pixels_as_the_standardised_images(digits):
+    models = [DigitsNet(generator=seeded(1)) for _ in range(2)]
+    split = digits.train
+    standardised = split.standardized(), split.labels
+    for model, data in zip(models, (digits, standardised), strict=True):
+        fit(model, data, validation=digits.validation, epochs=1, **QUIET)
+    assert same(weights(models[0]), weights(models[1]))
+
+
+class Memory(nn.Module):
+    """Remembers what it is trained on."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(3, 3)
+        self.seen = []
+
+    def forward(self, images):
+        if self.training:
+            self.seen.append(images)
+        return self.head(images.mean((2, 3)))
+
+
+@pytest.mark.parametrize("last", [True, False])
+def test_fit_augments_pixels_before_it_standardises_them(last):
+    pixels = torch.randint(0, 256, (10, 3, 5, 5), generator=seeded(0)).byte()
+    mean, std = (100.0, 110.0, 120.0), (50.0, 60.0, 70.0)
+    split = Split(pixels, torch.arange(10) % 3, mean, std)
+    model, augment = Memory(), Augment(crop=2, cutout=2)
+    options = {"channels_last": last, "batch_size": 4, "epochs": 2, **QUIET}
+    run = fit(model, split, augment=augment, **options)
+    assert run.recipe["augment"] == {"crop": 2, "flip": True, "cutout": 2}
+    seen = torch.cat(model.seen)
+    assert seen.shape == (20, 3, 5, 5)
+    assert model.seen[0].stride()[1] == (1 if last else 25)
+    # Every image is one of the ten, changed in one of the possible ways.
+    shift, scale = (torch.tensor(values)[:, None, None] for values in (mean, std))
+    found = (seen * scale + shift).round().byte()
+    places = torch.cartesian_prod(*map(torch.arange, (5, 5, 2, 5, 5)))
+    every = [
+        augment.apply(image.expand(len(places), -1, -1, -1), places) for image in pixels
+    ]
+    for image in found:
+        assert any((image == ways).flatten(1).all(1).any() for ways in every)
+    assert not torch.equal(seen[:10].sort(0)[0], seen[10:].sort(0)[0])
+
+
+class PrecisionProbe(nn.Module):
+    """Remembers the dtype that its layer computes in."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.seen = set()
+
+    def forward(self, rows):
+        hidden = self.body(rows)
+        self.seen.add((hidden.dtype, self.training))
+        return self.head(hidden.relu())
+
+
+@pytest.mark.parametrize("amp", ["bfloat16", "float16", True])
+def test_fit_trains_in_mixed_precision_and_evaluates_in_full(amp):
+    torch.manual_seed(0)
+    models = PrecisionProbe(), PrecisionProbe()
+    models[1].load_state_dict(models[0].state_dict())
+    options = {"validation": pair(9), "epochs": 4, "batch_size": 8, **SGD, **QUIET}
+    gradients = [], []
+
+    class Watch(Hook):
+        def __init__(self, kept):
+            self.kept = kept
+
+        def before_step(self, model, optimizer, step):
+            self.kept.append(model.head.weight.grad.clone())
+
+    plain = fit(models[0], pair(), hooks=[Watch(gradients[0])], **options)
+    mixed = fit(models[1], pair(), hooks=[Watch(gradients[1])], amp=amp, **options)
+    half = torch.float16 if amp == "float16" else torch.bfloat16
+    assert models[1].seen == {(half, True), (torch.float32, False)}
+    assert all(p.dtype == torch.float32 for p in models[1].parameters())
+    # Bfloat16 keeps 8 bits; the loss scale of float16 is out before the hooks.
+    torch.testing.assert_close(gradients[1][0], gradients[0][0], rtol=0.05, atol=0.01)
+    assert mixed.history[-1]["train_loss"] == pytest.approx(
+        plain.history[-1]["train_loss"], rel=0.05
+    )
+    assert mixed.recipe["amp"] == str(half).removeprefix("torch.")
+
+
+def test_fit_stops_within_an_epoch_once_the_loss_is_not_finite():
+    hook = Diary()
+    settings = {"optimizer": "sgd", "lr": 1e30, "schedule": None}
+    run = fit(
+        small_net(),
+        pair(400),
+        epochs=3,
+        batch_size=2,
+        hooks=[hook],
+        **settings,
+        **QUIET,
+    )
+    assert run.status == "diverged"
+    assert run.history == []
+    assert hook.calls[-2:] == ["after 49", "stop"]  # of 200 steps
+
+
+def test_fit_compiled_agrees_with_plain(digits, monkeypatch):
+    models = [DigitsNet(generator=seeded(1)) for _ in range(2)]
+    backends = []
+    compiler = torch.compile
+    monkeypatch.setattr(
+        torch,
+        "compile",
+        lambda model: backends.append(1) or compiler(model, backend="eager"),
+    )
+    small = digits.train.images[:64], digits.train.labels[:64]
+    data = Split(*small, digits.train.mean, digits.train.std)
+    for model, compiled in zip(models, (False, True), strict=True):
+        run = fit(model, data, epochs=1, compile=compiled, **QUIET)
+        assert run.recipe["compile"] is compiled
+    assert backends == [1]
+    torch.testing.assert_close(weights(models[0]), weights(models[1]))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "rmsprop"])
+@pytest.mark.parametrize("amp", [False, "bfloat16"])
+def test_fit_captured_in_a_cuda_graph_agrees_with_plain(digits, optimizer, amp):
+    models = [LeNetLike().cuda() for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    runs = [
+        fit(
+            model,
+            digits.to("cuda"),
+            epochs=3,
+            lr=0.003,
+            optimizer=optimizer,
+            augment=Augment(crop=1, flip=False),
+            amp=amp,
+            cuda_graph=captured,
+            **QUIET,
+        )
+        for model, captured in zip(models, (False, True), strict=True)
+    ]
+    for plain, captured in zip(runs[0].history, runs[1].history, strict=True):
+        assert captured["train_loss"] == pytest.approx(plain["train_loss"], rel=0.05)
+
+
+class LeNetLike(nn.Sequential):
+    """Convolution, batch norm and dropout for 8×8 images."""
+
+    def __init__(self):
+        super().__init__(
+            nn.Conv2d(1, 8, 3),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Dropout(0.2),
+            nn.Flatten(),
+            nn.Linear(8 * 36, 10),
+        )

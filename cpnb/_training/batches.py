@@ -1,45 +1,151 @@
-"""What a training reads: images on the model's device, and batches of indices."""
+"""What a training reads: images on the model's device, and how a step gets them."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cpnb.evaluation import check_scores, evaluation_mode, images_and_labels, place
+from cpnb._data.splits import Split, standardize
+from cpnb.augmentation import Augment
+from cpnb.evaluation import (
+    check_scores,
+    evaluation_mode,
+    innermost,
+    place,
+    placement,
+    split_or_pair,
+)
 
 Pair = tuple[Tensor, Tensor]
 
 
-def batches_of(order: Tensor, batch_size: int) -> list[Tensor]:
-    """Indices of each step's images."""
-    batches = list(order.split(batch_size))
-    if len(batches) > 1 and len(batches[-1]) == 1:
-        batches[-2:] = [torch.cat(batches[-2:])]
-    return batches
+@dataclass(frozen=True)
+class Source:
+    """Images and labels of a training, on its device.
+
+    Attributes:
+        images: As they are stored: pixels or standardised. Shape ``(n, ...)``.
+        labels: Shape ``(n,)``.
+        statistics: Mean and standard deviation of each channel of pixels, float64 of
+            shape ``(channels,)``; None if the images are standardised.
+        dtype: Of the images that a network gets.
+        validation: Pair to evaluate after each epoch, or None.
+        channels_last: Whether the channels of an image lie innermost.
+        augment: Random changes of the training images.
+    """
+
+    images: Tensor
+    labels: Tensor
+    statistics: Pair | None
+    dtype: torch.dtype
+    validation: Pair | None
+    channels_last: bool
+    augment: Augment | None
+
+    @property
+    def counts(self) -> list[int]:
+        """Numbers of training and, if there are any, of validation images."""
+        held_out = [] if self.validation is None else [len(self.validation[1])]
+        return [len(self.labels), *held_out]
+
+    def batch(self, index: Tensor, changes: Tensor | None) -> Pair:
+        """Images and labels of one step for each of m networks.
+
+        Args:
+            index: Which images. Shape ``(m, batch)``.
+            changes: What happens to each, see `Augment.draw`. Shape ``(m, batch, 5)``.
+
+        Returns:
+            Images, shape ``(m, batch, ...)``, and labels, shape ``(m, batch)``.
+        """
+        images = self.images[index]
+        if self.augment is not None:
+            flat = self.augment.apply(images.flatten(0, 1), changes.flatten(0, 1))
+            # Unflattened with the channels last, or the layout of one channel is lost.
+            innermost = flat.movedim(1, -1).unflatten(0, index.shape)
+            images = innermost.movedim(-1, 2)
+            if not self.channels_last:
+                images = images.contiguous()
+        if self.statistics is not None:
+            images = standardize(images, *self.statistics, self.dtype)
+        return images, self.labels[index]
 
 
-def training_pairs(
-    model: nn.Module, data: Any, validation: Pair | None, channels_last: bool
-) -> tuple[list[Pair], bool]:
-    """The pair to train on, the one to validate on if there is one, and the layout."""
-    given = [images_and_labels(data, "train")]
+def batch_slices(count: int, batch_size: int) -> list[slice]:
+    """Slices of an epoch's order; a single image left over joins the batch before."""
+    starts = list(range(0, count, batch_size))
+    if len(starts) > 1 and starts[-1] == count - 1:
+        starts.pop()
+    return [slice(*bounds) for bounds in zip(starts, [*starts[1:], count], strict=True)]
+
+
+def training_source(
+    model: nn.Module,
+    data: Any,
+    validation: Any,
+    channels_last: bool,
+    augment: Augment | None,
+) -> Source:
+    """Put everything where the model is, in a layout it takes; check that it fits."""
+    given = split_or_pair(data, "train")
+    if augment is not None:
+        images, _ = given
+        augment.draw(0, images.shape)  # refuses what are no images
     if validation is None and hasattr(data, "validation"):
         validation = data.validation
-    if validation is not None:
-        given.append(images_and_labels(validation))
-    largest = max(int(labels.max()) for _, labels in given)
+    held_out = None if validation is None else split_or_pair(validation)
     for layout in (True, False) if channels_last else (False,):
-        pairs = [place(pair, model, channels_last=layout) for pair in given]
-        # One image is scored now, so that a misfit shows before anything changes.
+        source = _place(model, given, held_out, layout, augment)
         try:
-            with evaluation_mode(model), torch.no_grad():
-                for images, _ in pairs:
-                    check_scores(model(images[:1]), 1, largest)
+            _check_fit(model, source)
         except RuntimeError:
             if not layout:
                 raise
         else:
             break
-    return pairs, layout
+    return source
+
+
+def _place(
+    model: nn.Module,
+    given: Split | Pair,
+    held_out: Split | Pair | None,
+    channels_last: bool,
+    augment: Augment | None,
+) -> Source:
+    images, labels = given
+    device, dtype = placement(model, images)
+    pixels = isinstance(given, Split)
+    images = images.to(device, None if pixels else dtype)
+    statistics = None
+    if pixels:
+        values = given.mean, given.std
+        statistics = torch.tensor(values, dtype=torch.float64, device=device).unbind()
+    if held_out is not None:
+        held_out = place(held_out, model, channels_last=channels_last)
+    return Source(
+        images=innermost(images) if channels_last else images,
+        labels=labels.to(device, torch.long),
+        statistics=statistics,
+        dtype=dtype,
+        validation=held_out,
+        channels_last=channels_last,
+        augment=augment,
+    )
+
+
+def _check_fit(model: nn.Module, source: Source) -> None:
+    """Score one image of each kind, so that a misfit shows before anything changes."""
+    index = source.labels.new_zeros((1, 1))
+    (image,), _ = replace(source, augment=None).batch(index, None)
+    samples, largest = [image], int(source.labels.max())
+    if source.validation is not None:
+        images, labels = source.validation
+        samples.append(images[:1])
+        largest = max(largest, int(labels.max()))
+    with evaluation_mode(model), torch.no_grad():
+        for image in samples:
+            check_scores(model(image), 1, largest)
