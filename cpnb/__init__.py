@@ -49,11 +49,13 @@ from cpnb.diagnostics import (
     top_hessian_eigenvalue,
 )
 from cpnb.evaluation import accuracy, evaluate
+from cpnb.fine_tuning import TruncationStage, fine_tune, truncate_gradually
 from cpnb.hooks import Hook
 from cpnb.initializers import INITIALIZERS, gaussian, unified, uniform
 from cpnb.linear import CPLinear
 from cpnb.lowrank import tai, tai_decompose
 from cpnb.models import AlexNet, DigitsNet, LeNet
+from cpnb.nested import NestedRank
 from cpnb.ranks import break_even_rank, resolve_rank
 from cpnb.recipes import Recipe
 from cpnb.report import TruncationReport, truncation_report
@@ -104,6 +106,7 @@ __all__ = [
     "Hook",
     "LeNet",
     "LossSlice",
+    "NestedRank",
     "ParameterRatio",
     "RankExplorer",
     "RankSweep",
@@ -116,6 +119,7 @@ __all__ = [
     "Split",
     "StepReport",
     "TruncationReport",
+    "TruncationStage",
     "accuracy",
     "als",
     "bounded_als",
@@ -136,6 +140,7 @@ __all__ = [
     "evaluate",
     "fast_mode",
     "filter_directions",
+    "fine_tune",
     "fit",
     "from_layer",
     "gaussian",
@@ -165,6 +170,7 @@ __all__ = [
     "to_dense",
     "top_hessian_eigenvalue",
     "truncate",
+    "truncate_gradually",
     "truncation_report",
     "unified",
     "unified_variance",

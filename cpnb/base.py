@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from cpnb.conversion import convert_layer, stock_layer
 from cpnb.costs import ForwardCost, forward_cost
-from cpnb.cp import inverse_norms, normalize_columns
-from cpnb.execution import KernelCache, build_kernel
+from cpnb.cp import normalize_columns
+from cpnb.execution import KernelCache, build_kernel, fold_norms
 from cpnb.initializers import CPForm, dense_bias, resolve_init
 from cpnb.ranks import (
     ModelRule,
@@ -34,10 +34,14 @@ class CPLayer(nn.Module):
         bias: Shape ``(out,)``, or None.
         kernel_shape: Shape of the full kernel, ``(out, in / groups, *kernel_size)``.
         signed: If False, |λ| is used, as the paper's released code does.
+        active_rank: Number of leading components that `forward` and `weight` use; all
+            if None. `cpnb.NestedRank` sets it for one training step at a time; it is in
+            no checkpoint.
     """
 
     _stock: type[nn.Module]  # the torch layer this one stands for
     groups = 1
+    active_rank: int | None = None
 
     def _build(
         self,
@@ -150,7 +154,7 @@ class CPLayer(nn.Module):
     def _cost(self, rows: int, rows_in: int) -> ForwardCost:
         return forward_cost(
             self.kernel_shape,
-            self.rank,
+            self.active_rank or self.rank,
             rows=rows,
             rows_in=rows_in,
             groups=self.groups,
@@ -194,29 +198,21 @@ class CPLayer(nn.Module):
         """
         factors = [factor.to(dtype) for factor in self.factors]
         units = normalize_columns(factors)[0] if factors else []
-        return (self._signed_lam() * self.scale).to(dtype), units
+        return (self._signed_lam(self.lam) * self.scale).to(dtype), units
 
-    def _signed_lam(self) -> Tensor:
-        return self.lam if self.signed else self.lam.abs()
+    def _signed_lam(self, lam: Tensor) -> Tensor:
+        return lam if self.signed else lam.abs()
 
-    def _folded_lam(self) -> Tensor:
-        """σλ over all column norms: goes with the factors as they are stored."""
-        lam = self._signed_lam() * self.scale
-        if len(self.factors):
-            for inverse in inverse_norms(self.factors).unbind():
-                lam = lam * inverse
-        return lam
-
-    def _padded_factors(self) -> list[Tensor]:
-        """Stored factors with a row of ones for every mode of size 1."""
-        stored = iter(self.factors)
-        ones = self.lam.new_ones(1, self.rank)
-        return [next(stored) if n > 1 else ones for n in self.kernel_shape]
+    def _folded(self) -> tuple[Tensor, list[Tensor]]:
+        """σλ over all column norms, and the stored factors; active components only."""
+        lam, factors = self.lam, list(self.factors)
+        if self.active_rank is not None:
+            kept = slice(self.active_rank)
+            lam, factors = lam[kept], [factor[:, kept] for factor in factors]
+        return fold_norms(self._signed_lam(lam) * self.scale, factors), factors
 
     def _rebuild(self, channels_last: bool) -> Tensor:
-        return build_kernel(
-            self._folded_lam(), list(self.factors), self.kernel_shape, channels_last
-        )
+        return build_kernel(*self._folded(), self.kernel_shape, channels_last)
 
     def _kernel(self, channels_last: bool = False) -> Tensor:
         """The kernel for a forward pass; in eval mode kept between calls where safe."""
@@ -229,7 +225,11 @@ class CPLayer(nn.Module):
 
     @property
     def _reuses_kernel(self) -> bool:
-        return not self.training and KernelCache.usable(self.lam)
+        return (
+            not self.training
+            and self.active_rank is None
+            and KernelCache.usable(self.lam)
+        )
 
     def _resize(self, rank: int) -> None:
         """Make room for another rank; the values are left for the caller to fill."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from cpnb.base import CPLayer
 from cpnb.costs import ForwardCost
-from cpnb.execution import CONV, conv_chain
+from cpnb.execution import CONV, conv_chain, pad_factors
 from cpnb.initializers import CPForm
 
 
@@ -83,7 +83,8 @@ class _CPConv(CPLayer):
             return CONV[len(self.kernel_size)](images, kernel, self.bias, **geometry)
         batched = images.ndim == len(self.kernel_shape)
         batch = images if batched else images[None]
-        lam, factors = self._folded_lam(), self._padded_factors()
+        lam, stored = self._folded()
+        factors = pad_factors(lam, stored, self.kernel_shape)
         if batch.shape[1] != self.in_channels:
             raise RuntimeError(
                 f"images have shape {tuple(images.shape)}, expected {self.in_channels} "

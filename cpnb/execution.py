@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cpnb.cp import khatri_rao, rebuild
+from cpnb.cp import inverse_norms, khatri_rao, rebuild
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -53,6 +53,29 @@ class KernelCache:
 
 def _same(value: Tensor, parameter: Tensor) -> bool:
     return value.dtype == parameter.dtype and torch.equal(value, parameter)
+
+
+def fold_norms(lam: Tensor, factors: Sequence[Tensor]) -> Tensor:
+    """λ over all column norms, which then goes with the columns as they are.
+
+    Args:
+        lam: Component weights. Shape ``(rank,)``.
+        factors: One per mode of size > 1. Shapes ``(size_n, rank)``.
+
+    Returns:
+        Shape ``(rank,)``.
+    """
+    for inverse in inverse_norms(factors).unbind() if factors else ():
+        lam = lam * inverse
+    return lam
+
+
+def pad_factors(
+    lam: Tensor, factors: Sequence[Tensor], shape: Sequence[int]
+) -> list[Tensor]:
+    """Factors of all modes: a row of ones for every mode of size 1."""
+    stored, ones = iter(factors), lam.new_ones(1, lam.numel())
+    return [next(stored) if n > 1 else ones for n in shape]
 
 
 def build_kernel(

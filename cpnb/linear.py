@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from cpnb.base import CPLayer
 from cpnb.costs import ForwardCost
+from cpnb.execution import pad_factors
 from cpnb.initializers import CPForm
 
 
@@ -77,8 +78,9 @@ class CPLinear(CPLayer):
         """Map ``(..., in_features)`` to ``(..., out_features)``."""
         if self._choose(features.shape) == "dense":
             return F.linear(features, self._kernel(), self.bias)
-        output, source = self._padded_factors()
-        hidden = F.linear(features, (source * self._folded_lam()).T)
+        lam, factors = self._folded()
+        output, source = pad_factors(lam, factors, self.kernel_shape)
+        hidden = F.linear(features, (source * lam).T)
         return F.linear(hidden, output, self.bias)
 
     def cost(self, shape: Sequence[int] | None) -> ForwardCost:

@@ -12,7 +12,7 @@ from cpnb.base import CPLayer
 from cpnb.cp import component_gram
 from cpnb.surgery import cp_layers, replace_layers
 
-KEYS = ("lam", "greedy")
+KEYS = ("lam", "greedy", "nested")
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _HINT = " For a fraction use keep."
 
@@ -37,7 +37,8 @@ def truncate(
         keep: Instead of ``rank``, the fraction of each layer's present components, in
             (0, 1]; ``⌊fraction · rank⌋``, at least one.
         key: ``"lam"`` keeps the largest |λ|, as the paper; ``"greedy"`` removes one
-            component at a time, always the one that changes the kernel least.
+            component at a time, always the one that changes the kernel least;
+            ``"nested"`` keeps the first ones, after training with `cpnb.NestedRank`.
         refit: Re-solve λ for the components that stay, by least squares on the kernel.
 
     Returns:
@@ -56,16 +57,7 @@ def truncate(
     CPLinear(20, 10, rank=3 (0.43 of break-even 7))
     """
     layers = cp_layers(model)
-    if not layers:
-        raise ValueError(
-            f"model is a {type(model).__name__} without CP layers. Call "
-            "cpnb.canonicalize first."
-        )
-    if (rank is None) == (keep is None):
-        raise ValueError(f"rank is {rank} and keep is {keep}, expected exactly one.")
-    ranks = {
-        name: kept_rank(layer.rank, keep) for name, layer in layers.items()
-    } if rank is None else _wanted_ranks(rank, layers)  # fmt: skip
+    ranks = wanted_ranks(model, rank=rank, keep=keep)
     cut = {
         name: select_components(
             layers[name], component_order(layers[name], key)[:count], refit=refit
@@ -73,6 +65,31 @@ def truncate(
         for name, count in ranks.items()
     }
     return replace_layers(model, cut)
+
+
+def wanted_ranks(
+    model: nn.Module,
+    *,
+    rank: int | Mapping[str, int] | None = None,
+    keep: float | None = None,
+) -> dict[str, int]:
+    """Components that `truncate` would keep, by layer, for the same arguments.
+
+    Raises:
+        TypeError: As `truncate`.
+        ValueError: As `truncate`.
+    """
+    layers = cp_layers(model)
+    if not layers:
+        raise ValueError(
+            f"model is a {type(model).__name__} without CP layers. Call "
+            "cpnb.canonicalize first."
+        )
+    if (rank is None) == (keep is None):
+        raise ValueError(f"rank is {rank} and keep is {keep}, expected exactly one.")
+    if rank is None:
+        return {name: kept_rank(layer.rank, keep) for name, layer in layers.items()}
+    return _ranks_by_layer(rank, layers)
 
 
 def kept_rank(rank: int, keep: float) -> int:
@@ -99,7 +116,7 @@ def component_order(layer: CPLayer, key: str = "lam") -> Tensor:
 
     Args:
         layer: A CP layer.
-        key: ``"lam"`` or ``"greedy"``, see `truncate`.
+        key: ``"lam"``, ``"greedy"`` or ``"nested"``, see `truncate`.
 
     Returns:
         Indices. Shape ``(rank,)``.
@@ -117,6 +134,8 @@ def component_order(layer: CPLayer, key: str = "lam") -> Tensor:
     if key not in KEYS:
         raise ValueError(f"key is {key!r}, expected one of {KEYS}.")
     lam, units = _float64_components(layer)
+    if key == "nested":
+        return torch.arange(layer.rank, device=lam.device)
     if key == "lam":
         return lam.abs().argsort(descending=True, stable=True)
     # M[r,s] = ⟨component r, component s⟩: removing the set S costs ‖Σ_S‖² = Σ_{S×S} M.
@@ -176,7 +195,7 @@ def select_components(
     return cut
 
 
-def _wanted_ranks(
+def _ranks_by_layer(
     rank: int | Mapping[str, int], layers: Mapping[str, CPLayer]
 ) -> dict[str, int]:
     if not isinstance(rank, Mapping):
