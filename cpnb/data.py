@@ -2,43 +2,30 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
 from cpnb._checks import check_count
-from cpnb._data.idx import read_pair, where_to_put
+from cpnb._data.cifar import read_cifar10, read_cifar100
+from cpnb._data.download import find_folder
+from cpnb._data.idx import read_mnist
+from cpnb._data.sources import SOURCES
 from cpnb._data.splits import Dataset, Split, channel_statistics, standardize
+from cpnb._data.svhn import read_first_crops, read_svhn
 
 __all__ = ["NAMES", "Dataset", "Split", "load_data", "standardize"]
 
-_VALIDATION_SHARE = _TEST_SHARE = 0.2  # of the digits
-_IDX_VALIDATION_SHARE = 0.1  # of the official training part of an idx set
-_DIGITS = tuple("0123456789")
-_CLOTHES = (
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
-)
-# Class names and licence line of each data set.
-_ABOUT = {
-    "digits": (_DIGITS, "CC BY 4.0 (UCI, doi:10.24432/C50P49), copy in scikit-learn"),
-    "mnist": (_DIGITS, "cite LeCun, Bottou, Bengio, Haffner 1998"),
-    "fashion_mnist": (
-        _CLOTHES,
-        "MIT, Zalando SE 2017; cite Xiao, Rasul, Vollgraf 2017",
-    ),
+NAMES = tuple(SOURCES)
+_READERS = {
+    "mnist": read_mnist,
+    "fashion_mnist": read_mnist,
+    "cifar10": read_cifar10,
+    "cifar100": read_cifar100,
+    "svhn": read_svhn,
+    "svhn_first_1083": read_first_crops,
 }
-NAMES = tuple(_ABOUT)
+_VALIDATION_SHARE = 0.1  # of the official training part
+_HELD_OUT_SHARES = (0.2, 0.2)  # of a set without an official test part
 
 
 def load_data(
@@ -55,29 +42,41 @@ def load_data(
     validation split. The writer of an image is not recorded, so every split contains
     all writers: accuracy on a new writer is not measured here.
 
-    ``"mnist"`` and ``"fashion_mnist"`` (28×28 pixels) are read from their four official
-    idx ``.gz`` files in the subfolder of that name of the folder that the environment
-    variable ``CPNB_DATA`` names; nothing is downloaded. The test split is the official
-    one, in its order; the validation split is 10 % of each class of the official
-    training part.
+    ``"mnist"``, ``"fashion_mnist"`` (28×28 grey pixels), ``"cifar10"``, ``"cifar100"``
+    with its 100 fine labels, and ``"svhn"`` (32×32 in three colours) are read from
+    their official files. The test split is the official one, in its order; the
+    validation split is 10 % of each class of the official training part.
+
+    ``"svhn_first_1083"`` is no official set, but the first 1,083 training crops of
+    SVHN, a sample to try things on, split as the digits are: all its images come from
+    SVHN's training part.
+
+    The files are looked for in the folder that the environment variable ``CPNB_DATA``
+    names, in the subfolders ``mnist/``, ``fashion_mnist/``,
+    ``cifar10/cifar-10-batches-bin/``, ``cifar100/cifar-100-binary/``, ``svhn/`` and
+    ``svhn-first-1083/``. A set without a subfolder there is downloaded once, checked by
+    its hash, into the cache folder of the operating system; after an interruption, run
+    again.
 
     Args:
-        name: ``"digits"``, ``"mnist"`` or ``"fashion_mnist"``.
+        name: One of the names above.
         seed: Decides which image goes to which split, and their order.
         train_size: Keep only so many training images, the first in the seed's order.
         device: Device of the tensors; the CPU by default.
 
     Returns:
-        The data set. Images are uint8 of shape ``(n, 1, height, width)``: 0 to 16 for
-        the digits, else 0 to 255. The mean and standard deviation of each channel are
-        those of the training split.
+        The data set. Images are uint8 of shape ``(n, channels, height, width)``: 0 to
+        16 for the digits, else 0 to 255. The mean and standard deviation of each
+        channel are those of the training split.
 
     Raises:
-        FileNotFoundError: If ``CPNB_DATA`` is not set or a file is missing.
-        ImportError: If the digits are asked for and scikit-learn is missing.
+        FileNotFoundError: If a file is missing and cannot be downloaded; the message
+            says which files belong where.
+        ImportError: If scikit-learn, SciPy or pooch is missing where it is needed.
         TypeError: If ``seed`` or ``train_size`` is no int.
         ValueError: If ``name`` is unknown, ``train_size`` out of range, or a file is
-            damaged; the message names the file.
+            damaged; the message names the file. Of the pixels of CIFAR, which are
+            stored bare, only their number can be checked.
 
     Example:
         >>> load_data("digits")
@@ -88,25 +87,25 @@ def load_data(
     Machine Learning Repository, 1998, doi:10.24432/C50P49 (its test part). Y. LeCun,
     L. Bottou, Y. Bengio, P. Haffner, Gradient-Based Learning Applied to Document
     Recognition, 1998, doi:10.1109/5.726791. H. Xiao, K. Rasul, R. Vollgraf,
-    Fashion-MNIST, 2017, arXiv:1708.07747.
+    Fashion-MNIST, 2017, arXiv:1708.07747. A. Krizhevsky, Learning Multiple Layers of
+    Features from Tiny Images, 2009. Y. Netzer, T. Wang, A. Coates, A. Bissacco, B. Wu,
+    A. Ng, Reading Digits in Natural Images with Unsupervised Feature Learning, 2011.
     """
-    if name not in _ABOUT:
+    if name not in SOURCES:
         known = ", ".join(map(repr, NAMES))
         raise ValueError(
             f"name is {name!r}, expected one of {known}. For images of your own pass a "
             "pair (images, labels) wherever a function takes data."
         )
     seed = check_count(seed, "seed", least=0)
+    source = SOURCES[name]
     if name == "digits":
-        pixels, labels = _read_digits()
-        shares = (_VALIDATION_SHARE, _TEST_SHARE)
-        train, *held_out = _stratified_split(labels, seed, shares)
-        pairs = [(pixels[i], labels[i]) for i in held_out]
+        parts = [_read_digits()]
     else:
-        folder = _data_folder(name)
-        pixels, labels = read_pair(folder, "train")
-        train, held_out = _stratified_split(labels, seed, (_IDX_VALIDATION_SHARE,))
-        pairs = [(pixels[held_out], labels[held_out]), read_pair(folder, "test")]
+        parts = _READERS[name](find_folder(name), source.files)
+    pixels, labels = parts[0]
+    shares = (_VALIDATION_SHARE,) if len(parts) > 1 else _HELD_OUT_SHARES
+    train, *held_out = _stratified_split(labels, seed, shares)
     if train_size is not None:
         train_size = check_count(train_size, "train_size")
         if train_size > len(train):
@@ -115,22 +114,10 @@ def load_data(
                 "of training images."
             )
         train = train[:train_size]
-    pairs.insert(0, (pixels[train], labels[train]))
+    pairs = [(pixels[i], labels[i]) for i in (train, *held_out)] + parts[1:]
     statistics = channel_statistics(pairs[0][0])
-    splits = (Split(images, labels, *statistics) for images, labels in pairs)
-    classes, licence = _ABOUT[name]
-    return Dataset(name, *splits, classes, licence, seed).to(device)
-
-
-def _data_folder(name: str) -> Path:
-    """Folder of a data set in the one that ``CPNB_DATA`` names."""
-    root = os.environ.get("CPNB_DATA", "").strip()
-    if not root:
-        raise FileNotFoundError(
-            f"load_data({name!r}) finds no files: the environment variable CPNB_DATA "
-            f"is not set. {where_to_put(name)}"
-        )
-    return Path(root).expanduser() / name
+    splits = (Split(*pair, *statistics) for pair in pairs)
+    return Dataset(name, *splits, source.classes, source.licence, seed).to(device)
 
 
 def _read_digits() -> tuple[Tensor, Tensor]:

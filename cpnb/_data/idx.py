@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import gzip
 import math
-import os
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-FILES = {
-    "train": ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"),
-    "test": ("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"),
-}
+from cpnb._data.sources import AGAIN
+
 _UNSIGNED_BYTE = 0x08
-_AGAIN = "Get the official file again."
+_SIDE, _CLASSES = 28, 10
 
 
-def read_idx(path: str | os.PathLike[str], ndim: int) -> Tensor:
+def read_idx(path: Path, ndim: int) -> Tensor:
     """Read a gzipped idx file of unsigned bytes.
 
     The format: two zero bytes, the type (8 for unsigned bytes), the number of axes, one
@@ -38,79 +36,63 @@ def read_idx(path: str | os.PathLike[str], ndim: int) -> Tensor:
 
     Source: http://yann.lecun.com/exdb/mnist, "The IDX file format".
     """
-    path = Path(path)
     try:
         content = gzip.decompress(path.read_bytes())
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(
-            f"{path} is truncated or corrupt ({error}), expected a gzip file. {_AGAIN}"
+            f"{path} is truncated or corrupt ({error}), expected a gzip file. {AGAIN}"
         ) from error
     header = 4 + 4 * ndim
     if len(content) < header or content[:4] != bytes((0, 0, _UNSIGNED_BYTE, ndim)):
         raise ValueError(
             f"{path} starts with {content[:4].hex(' ') or 'nothing'}, expected "
-            f"00 00 08 {ndim:02x}: unsigned bytes with {ndim} axes. {_AGAIN}"
+            f"00 00 08 {ndim:02x}: unsigned bytes with {ndim} axes. {AGAIN}"
         )
     shape = [int.from_bytes(content[i : i + 4]) for i in range(4, header, 4)]
     if len(content) - header != math.prod(shape):
         raise ValueError(
             f"{path} holds {len(content) - header} bytes of data, expected "
-            f"{math.prod(shape)} from its shape {tuple(shape)}. {_AGAIN}"
+            f"{math.prod(shape)} from its shape {tuple(shape)}. {AGAIN}"
         )
     # bytearray, because torch warns about memory that it may not write to.
     values = torch.frombuffer(bytearray(content), dtype=torch.uint8)
     return values[header:].reshape(shape)
 
 
-def read_pair(
-    folder: str | os.PathLike[str], part: str, *, side: int = 28, classes: int = 10
-) -> tuple[Tensor, Tensor]:
+def read_mnist(folder: Path, files: Sequence[str]) -> list[tuple[Tensor, Tensor]]:
+    """Read the training and the test part, from two files each."""
+    paths = [folder / name for name in files]
+    return [read_pair(*paths[:2]), read_pair(*paths[2:])]
+
+
+def read_pair(images_path: Path, labels_path: Path) -> tuple[Tensor, Tensor]:
     """Read the images and labels of one official part, and check that they fit.
 
     Args:
-        folder: Where the four files are.
-        part: ``"train"`` or ``"test"``.
-        side: Height and width that the images must have.
-        classes: Number of classes; labels run from 0 to one less.
+        images_path: File of the images.
+        labels_path: File of their labels.
 
     Returns:
-        Pixels from 0 to 255, uint8, shape ``(n, 1, side, side)``; labels, int64, shape
+        Pixels from 0 to 255, uint8, shape ``(n, 1, 28, 28)``; labels, int64, shape
         ``(n,)``.
 
     Raises:
-        FileNotFoundError: If a file is missing; the message lists all four.
         ValueError: If a file is damaged or does not fit; the message names it.
     """
-    paths = [Path(folder) / name for name in FILES[part]]
-    for path in paths:
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing. {where_to_put(folder)}")
-    images, labels = read_idx(paths[0], ndim=3), read_idx(paths[1], ndim=1).long()
-    if tuple(images.shape[1:]) != (side, side) or not len(images):
+    images, labels = read_idx(images_path, ndim=3), read_idx(labels_path, ndim=1).long()
+    if tuple(images.shape[1:]) != (_SIDE, _SIDE) or not len(images):
         raise ValueError(
-            f"{paths[0]} has shape {tuple(images.shape)}, expected (n, {side}, {side}) "
-            f"with n >= 1. {_AGAIN}"
+            f"{images_path} has shape {tuple(images.shape)}, expected (n, {_SIDE}, "
+            f"{_SIDE}) with n >= 1. {AGAIN}"
         )
     if len(labels) != len(images):
         raise ValueError(
-            f"{paths[1]} has {len(labels)} labels, expected {len(images)} from "
-            f"{paths[0].name}. The two must come from the same source."
+            f"{labels_path} has {len(labels)} labels, expected {len(images)} from "
+            f"{images_path.name}. The two must come from the same source."
         )
-    if (largest := int(labels.max())) >= classes:
+    if (largest := int(labels.max())) >= _CLASSES:
         raise ValueError(
-            f"{paths[1]} has the label {largest}, expected labels below {classes}. "
-            f"{_AGAIN}"
+            f"{labels_path} has the label {largest}, expected labels below {_CLASSES}. "
+            f"{AGAIN}"
         )
     return images.unsqueeze(1), labels
-
-
-def where_to_put(folder: str | os.PathLike[str]) -> str:
-    """Sentence that says where the four files belong."""
-    folder, names = (
-        Path(folder),
-        ", ".join(name for pair in FILES.values() for name in pair),
-    )
-    return (
-        f"Set CPNB_DATA to a folder whose subfolder {folder.name}/ holds the four "
-        f"official files {names}."
-    )
