@@ -8,43 +8,44 @@ from typing import Any
 
 from torch import nn
 
-from cpnb._checks import check_count, check_module
 from cpnb._training.batches import Pair, training_source
-from cpnb._training.checkpoint import Checkpoint
 from cpnb._training.loop import Training
-from cpnb._training.networks import Single, check_trainable, trained
+from cpnb._training.members import check_members, choose_way
+from cpnb._training.networks import Single, Stacked, trained
+from cpnb._training.running import run_all
 from cpnb._training.settings import Callback, Settings
 from cpnb.augmentation import Augment
-from cpnb.evaluation import preserved_flags
 from cpnb.hooks import Hook, model_hooks
 from cpnb.optimizers import MakeOptimizer, check_optimizer
 from cpnb.records import Run, provenance
 
 
 def fit(
-    model: nn.Module,
+    model: nn.Module | Sequence[nn.Module],
     data: Any,
     *,
     validation: Pair | None = None,
     epochs: int = 30,
     batch_size: int = 32,
     optimizer: str | MakeOptimizer = "adam",
-    lr: float = 0.003,
+    lr: float | Sequence[float] = 0.003,
     momentum: float = 0.9,
     weight_decay: float = 0.0,
     schedule: str | None = "cosine",
     seed: int = 0,
+    seeds: Sequence[int] | None = None,
     augment: Augment | None = None,
     hooks: Sequence[Hook] = (),
     amp: bool | str = False,
     channels_last: bool = True,
     compile: bool = False,
     cuda_graph: bool = False,
+    vectorise: bool | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     callback: Callback | None = None,
     progress: bool = True,
-) -> Run:
-    """Train a classifier in place with cross entropy.
+) -> Run | list[Run]:
+    """Train a classifier in place with cross entropy, or several from many seeds.
 
     The default recipe suits dense and CP networks alike. Under ``"sgd"`` a CP network
     needs a smaller learning rate than a dense one: the gradient of σ and of each λ
@@ -60,9 +61,15 @@ def fit(
     checkpoint the same call goes on after the last completed epoch, also after a crash,
     and ends with the same curve as if nothing had happened.
 
+    Several networks of one architecture may train in one vectorised graph, each from
+    its seed, at its rate, with its own images, dropout and batch statistics, and with
+    the results that it would have alone, but for rounding. The recipe says which way
+    was taken and why.
+
     Args:
         model: Maps images ``(n, ...)`` to scores ``(n, classes)``. Trained on the
             device and in the dtype it has; parameters without ``requires_grad`` stay.
+            Or a list of such modules.
         data: A data set, or a pair ``(images, labels)`` to train on. The test split
             is never read.
         validation: Pair to evaluate after each epoch, instead of the data set's
@@ -73,7 +80,7 @@ def fit(
         optimizer: ``"adam"``, ``"sgd"``, ``"rmsprop"``, or a function that turns a
             list of parameters into an optimizer and thereby replaces ``lr``,
             ``momentum`` and ``weight_decay``.
-        lr: Learning rate.
+        lr: Learning rate; for a list of modules also one for each.
         momentum: Momentum of ``"sgd"``; the other optimizers have none.
         weight_decay: Weight decay.
         schedule: ``"cosine"`` anneals the learning rate to 0; ``"step"`` divides it by
@@ -81,6 +88,7 @@ def fit(
             ``"one-cycle"`` lets it rise to ``lr`` over the first 30 % and fall to
             nearly 0; None keeps it constant.
         seed: Seed of the image order, of the augmentation and of dropout.
+        seeds: For a list of modules one seed for each, instead of ``seed``.
         augment: Random changes of the training images, such as
             ``Augment(crop=4, flip=True)``.
         hooks: Called around each step, after those that came with the model; see
@@ -93,21 +101,28 @@ def fit(
         compile: Run the network through `torch.compile`; pays on a GPU, after a wait.
         cuda_graph: Capture the step in a CUDA graph and replay it; needs a CUDA device,
             no hooks and an optimizer by name.
+        vectorise: Whether several networks train in one graph. None does so on a GPU
+            if a trial step gives each network what it computes alone; on a CPU one
+            after the other is faster.
         checkpoint: File that keeps the state after each epoch. If it is there already,
-            the training goes on from it, or returns at once if it had ended.
-        callback: Called as ``callback(epoch, model, record)`` after each epoch.
+            the training goes on from it, or returns at once if it had ended. Networks
+            that train one after the other have a file each, with ``-0``, ``-1``, … in
+            their names.
+        callback: Called as ``callback(epoch, model, record)`` after each epoch, of each
+            network.
         progress: Show a text progress bar with images per second.
 
     Returns:
-        The record of the run.
+        The record of the run; for a list of modules a list of records. ``seconds`` are
+        then the time of all over their number, so that images per second over all are
+        all images over all seconds, in either way.
 
     Raises:
         TypeError: If an argument has the wrong type.
         ValueError: If an argument has an impossible value, or the checkpoint is of
             another training. The model is unchanged.
     """
-    check_module(model)
-    seed = check_count(seed, "seed", least=0)
+    models, seeds, rates = check_members(model, seed, seeds, lr)
     settings = Settings(
         epochs=epochs,
         batch_size=batch_size,
@@ -122,31 +137,43 @@ def fit(
         cuda_graph=cuda_graph,
         callback=callback,
     )
-    chosen = check_optimizer(optimizer, lr, momentum, weight_decay)
-    check_trainable(model)
-    source = training_source(model, data, validation, channels_last, augment)
-    hooks = [*model_hooks(model), *settings.hooks]
-    settings.check_device(source.labels.device, hooks)
-    recipe = {
-        "model": type(model).__name__,
-        "trained_parameters": sum(p.numel() for p in trained(model).values()),
-        "data": getattr(data, "name", "pair of tensors"),
-        "data_seed": getattr(data, "seed", None),
-        "images": source.counts,
-        **chosen,
-        **settings.recipe(source.labels.device),
-        "seed": seed,
-        "hooks": [str(hook) for hook in hooks],
-        "channels_last": source.channels_last,
-    }
-    run = Run("finished", [], recipe, provenance(source.labels.device))
-    training = Training(Single(model), source, settings, [run], hooks)
-    kept = None if checkpoint is None else Checkpoint(checkpoint, training)
-    with _progress_bar(training.images, progress) as bar, preserved_flags(model):
-        training.run(bar, kept)
-        if run.status != "finished":
-            bar.set_description(f"{run.status} in epoch {len(run.history) + 1}")
-    return run
+    chosen = [check_optimizer(optimizer, r, momentum, weight_decay) for r in rates]
+    source = training_source(models[0], data, validation, channels_last, augment)
+    all_hooks = [[*model_hooks(member), *settings.hooks] for member in models]
+    settings.check_device(source.labels.device, any(all_hooks))
+    way = {}
+    if len(models) > 1:
+        way = choose_way(vectorise, models, seeds, source, settings, any(all_hooks))
+    runs = [
+        Run(
+            status="finished",
+            history=[],
+            recipe={
+                "model": type(member).__name__,
+                "trained_parameters": sum(p.numel() for p in trained(member).values()),
+                "data": getattr(data, "name", "pair of tensors"),
+                "data_seed": getattr(data, "seed", None),
+                "images": source.counts,
+                **chosen[n],
+                **settings.recipe(source.labels.device),
+                "seed": seeds[n],
+                "hooks": [str(hook) for hook in all_hooks[n]],
+                "channels_last": source.channels_last,
+                **way,
+            },
+            provenance=provenance(source.labels.device),
+        )
+        for n, member in enumerate(models)
+    ]
+    if way.get("members") == "vectorised":
+        trainings = [Training(Stacked(models), source, settings, runs, [])]
+    else:
+        trainings = [
+            Training(Single(member), source, settings, [run], own)
+            for member, run, own in zip(models, runs, all_hooks, strict=True)
+        ]
+    run_all(trainings, checkpoint, progress)
+    return runs[0] if model is models[0] else runs
 
 
 def fast_mode() -> bool:
@@ -161,9 +188,3 @@ def fast_mode() -> bool:
     if value in ("", "0", "false", "no", "off"):
         return False
     raise ValueError(f"CPNB_FAST is {value!r}, expected 1 or 0.")
-
-
-def _progress_bar(total: int, progress: bool) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(total=total, disable=not progress, unit=" images", mininterval=0.5)

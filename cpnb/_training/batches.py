@@ -18,6 +18,7 @@ from cpnb.evaluation import (
     placement,
     split_or_pair,
 )
+from cpnb.randomness import seeded
 
 Pair = tuple[Tensor, Tensor]
 
@@ -146,6 +147,7 @@ def _check_fit(model: nn.Module, source: Source) -> None:
         images, labels = source.validation
         samples.append(images[:1])
         largest = max(largest, int(labels.max()))
-    with evaluation_mode(model), torch.no_grad():
+    apart = seeded(0, source.labels.device)  # the global state stays as it is
+    with apart, evaluation_mode(model), torch.no_grad():
         for image in samples:
             check_scores(model(image), 1, largest)

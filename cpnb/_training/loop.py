@@ -82,10 +82,15 @@ class Training:
         """Images that all networks see over all epochs."""
         return self.settings.epochs * len(self.runs) * len(self.source.labels)
 
-    def run(self, bar: Any, checkpoint: Checkpoint | None) -> None:
+    def run(self, bar: Any, place: str, checkpoint: Checkpoint | None) -> None:
         """Train from the first epoch, or from the checkpoint, to the end.
 
         Ctrl-C and losses that are not finite end it early; the records say so.
+
+        Args:
+            bar: Progress over all images.
+            place: Of this training among several, for the bar.
+            checkpoint: Where the state is taken up and kept, or None.
         """
         epochs, model = self.settings.epochs, self.networks.models[0]
         random = seeded(self.runs[0].recipe["seed"], self.source.labels.device)
@@ -96,7 +101,8 @@ class Training:
                 for epoch in range(done + 1, epochs + 1):
                     if not any(self._active()):
                         break
-                    bar.set_description(f"epoch {epoch}/{epochs}", refresh=False)
+                    description = f"{place}epoch {epoch}/{epochs}"
+                    bar.set_description(description, refresh=False)
                     self._train_epoch(epoch, bar)
                     if checkpoint is not None:
                         checkpoint.save(epoch)

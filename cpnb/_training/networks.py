@@ -52,6 +52,10 @@ class Networks:
     def hand_out_gradients(self) -> None:
         """After each backward pass give the tensors of the shares their gradients."""
 
+    def outcome(self) -> dict[str, Tensor]:
+        """Gradients and buffers as a step left them. Shapes ``(m, ...)``."""
+        raise NotImplementedError
+
     def collect(self, active: Sequence[bool]) -> None:
         """Bring the networks marked as active up to date."""
 
@@ -83,6 +87,11 @@ class Single(Networks):
 
     def compile(self) -> None:
         self._forward = torch.compile(self.models[0])
+
+    def outcome(self) -> dict[str, Tensor]:
+        model = self.models[0]
+        found = _outcome(trained(model), dict(model.named_buffers()))
+        return {name: tensor[None] for name, tensor in found.items()}
 
 
 class Stacked(Networks):
@@ -133,6 +142,10 @@ class Stacked(Networks):
         for stack, part, rows in self._slices:
             part.grad = None if stack.grad is None else stack.grad[rows]
 
+    def outcome(self) -> dict[str, Tensor]:
+        parameters = {name: self._parameters[name] for name in trained(self.models[0])}
+        return _outcome(parameters, self._buffers)
+
     @torch.no_grad()
     def collect(self, active: Sequence[bool]) -> None:
         stacks = {**self._parameters, **self._buffers}
@@ -167,6 +180,16 @@ def check_trainable(model: nn.Module) -> None:
             "model has no parameters to train, expected at least one with "
             "requires_grad=True."
         )
+
+
+def _outcome(
+    parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    found = {f"buffer {name}": tensor for name, tensor in buffers.items()}
+    for name, tensor in parameters.items():
+        gradient = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
+        found[f"gradient of {name}"] = gradient
+    return found
 
 
 def _runs(rates: Sequence[float]) -> list[tuple[float, slice]]:

@@ -56,13 +56,13 @@ class Settings:
                 "epoch, model and record."
             )
 
-    def check_device(self, device: torch.device, hooks: Sequence[Hook]) -> None:
+    def check_device(self, device: torch.device, hooked: bool) -> None:
         """Refuse a CUDA graph where none can be captured."""
         if not self.cuda_graph:
             return
         obstacles = {
             f"a {device.type} device": device.type != "cuda",
-            "hooks": hooks,
+            "hooks": hooked,
             "an optimizer of its own": callable(self.optimizer),
             "float16": self.precision(device) == torch.float16,
         }
