@@ -59,6 +59,7 @@ from cpnb.nested import NestedRank
 from cpnb.ranks import break_even_rank, resolve_rank
 from cpnb.recipes import Recipe
 from cpnb.report import TruncationReport, truncation_report
+from cpnb.rescaling import Rescaling, RescalingReport, rescale_
 from cpnb.resnet import VGG, ResNet
 from cpnb.rules import EffectiveRank, EnergyRank, FitRank
 from cpnb.surgery import canonicalize, cp_layers, from_layer, to_dense
@@ -112,6 +113,8 @@ __all__ = [
     "RankSweep",
     "Recipe",
     "ResNet",
+    "Rescaling",
+    "RescalingReport",
     "Run",
     "SignalReport",
     "Spectrum",
@@ -157,6 +160,7 @@ __all__ = [
     "power_method",
     "rank_sweep",
     "relative_error",
+    "rescale_",
     "resolve_rank",
     "save_model",
     "select_components",

@@ -1,0 +1,1 @@
+"""How function-preserving rescaling reads a model and moves its weights."""
