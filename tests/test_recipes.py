@@ -44,7 +44,7 @@ def test_recipe_is_described_in_the_types_of_json():
         "rank": {"call": "cpnb.ParameterRatio", "ratio": 0.5},
         "init": "cpnb.unified",
     }
-    assert said["hooks"] == ["cpnb.hooks.Hook", {"call": "cpnb.hooks.Hook"}]
+    assert said["hooks"] == ["cpnb.Hook", {"call": "cpnb.Hook"}]
 
 
 def test_recipe_survives_the_way_to_another_process():
