@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,15 +49,14 @@ def read_records(path: Path, labels: dict[str, int]) -> tuple[Tensor, Tensor]:
 
     Source: https://www.cs.toronto.edu/~kriz/cifar.html, "Binary version".
     """
-    content, size = path.read_bytes(), len(labels) + _PIXELS
-    if not content or len(content) % size:
+    content, size = np.fromfile(path, np.uint8), len(labels) + _PIXELS
+    if not content.size or content.size % size:
         raise ValueError(
-            f"{path} holds {len(content):,} bytes, expected a positive multiple of "
+            f"{path} holds {content.size:,} bytes, expected a positive multiple of "
             f"{size}, the size of one image with its labels: the file is truncated or "
             f"of another kind. {AGAIN}"
         )
-    # bytearray, because torch warns about memory that it may not write to.
-    records = torch.frombuffer(bytearray(content), dtype=torch.uint8).view(-1, size)
+    records = torch.from_numpy(content).view(-1, size)
     for column, (kind, classes) in enumerate(labels.items()):
         if (largest := int(records[:, column].max())) >= classes:
             raise ValueError(
