@@ -154,6 +154,30 @@ def test_rescale_follows_branches_groups_and_views(form, mode):
     )
 
 
+class Prepared(nn.Module):
+    """Normalises its input, and adds it to a later value."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.conv1 = nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1)
+        self.conv2, self.fc = nn.Conv2d(6, 4, 3), nn.Linear(4, 2)
+
+    def forward(self, images):
+        pooled = F.avg_pool2d(self.norm(images * 2 - 1), 2)
+        stream = self.conv1(F.relu(pooled)) + images[:, :, ::2, ::2]
+        hidden = self.conv2(torch.cat([stream, pooled], 1)).relu()
+        return self.fc(hidden.mean((2, 3))).softmax(1)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_rescale_leaves_what_is_added_to_the_input_at_its_scale(mode):
+    model = ill_scaled(Prepared().double())
+    after, report = rescaled(model, mode=mode)
+    assert change(model, after, images_for((3, 8, 8))) <= 1e-12
+    moved = {n: bool((scale != 1).any()) for n, scale in report.scales.items()}
+    assert moved == {"norm": True, "conv1": False, "conv2": True, "fc": False}
+
+
 @pytest.mark.parametrize("form", ["dense", "cp"])
 @pytest.mark.parametrize("ndim", [1, 3])
 def test_rescale_works_in_one_and_three_dimensions(ndim, form):

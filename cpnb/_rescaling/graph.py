@@ -87,7 +87,8 @@ def _trace(model: nn.Module) -> fx.Graph:
     except Exception as error:
         raise ValueError(
             f"model is a {type(model).__name__} that torch.fx cannot trace ({error}), "
-            "expected a forward without control flow that depends on the data."
+            "expected a forward without control flow that depends on the data. Pass the "
+            "plain model, not a compiled or parallel one around it."
         ) from error
 
 
@@ -172,9 +173,10 @@ class _Reading:
             written = self.units.fresh(out)
             self.records[name] = Record(name, _split(written, groups), columns)
             return Signal(written, axes[0])
+        ndim = signal.ndim or (axes[0] if len(axes) == 1 else 0)
         if module.weight is None:
             self.units.fix(inputs)
-            return Signal((FIXED,) * count, signal.ndim)
+            return Signal((FIXED,) * count, ndim)
         free = self.before_norm and kind in BATCH_NORMS
         if not free:
             self.units.fix(inputs)
@@ -183,7 +185,7 @@ class _Reading:
             *(name, _split(written, count), ((FIXED,),) * count),
             inputs if free else None,
         )
-        return Signal(written, signal.ndim)
+        return Signal(written, ndim)
 
     def _inputs(self, node: fx.Node, signal: Signal, count: int) -> tuple[int, ...]:
         """The unit of each channel that a layer reads."""

@@ -79,8 +79,10 @@ def _add(call: Call) -> Signal | None:
         return call.scaled[0]
     first, second = (call.signals[operand] for operand in operands)
     if first.units is None or second.units is None:
-        call.units.fix(call.scaled[0].units)
-        return CONSTANT
+        signal = call.scaled[0]
+        call.units.fix(signal.units)
+        # A single channel may have been added to each of several.
+        return signal if len(signal.units) > 1 else CONSTANT
     if replace(first, units=()) != replace(second, units=()) or (
         len(first.units) != len(second.units)
     ):
