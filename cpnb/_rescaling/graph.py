@@ -87,8 +87,8 @@ def _trace(model: nn.Module) -> fx.Graph:
     except Exception as error:
         raise ValueError(
             f"model is a {type(model).__name__} that torch.fx cannot trace ({error}), "
-            "expected a forward without control flow that depends on the data. Pass the "
-            "plain model, not a compiled or parallel one around it."
+            "expected a forward without control flow that depends on the data. Pass "
+            "the plain model, not a compiled or parallel one around it."
         ) from error
 
 
