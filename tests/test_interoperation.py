@@ -122,7 +122,8 @@ def test_vmap_trains_an_ensemble_of_cp_convolutions(mode, innermost):
 
 
 def test_import_is_light():
-    heavy = "matplotlib ipywidgets IPython sklearn scipy safetensors tqdm jupytext"
+    heavy = "matplotlib ipywidgets IPython sklearn scipy safetensors tqdm jupytext "
+    heavy += "pooch requests"
     code = (
         "import sys, torch, numpy\n"
         "before = set(sys.modules)\n"
