@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from cpnb.base import CPLayer
 from cpnb.costs import ForwardCost
 from cpnb.execution import CONV, conv_chain, pad_factors
+from cpnb.geometry import adopt_geometry, conv_arguments, margins
 from cpnb.initializers import CPForm
 
 
@@ -38,25 +39,12 @@ class _CPConv(CPLayer):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        sizes = kernel_size if isinstance(kernel_size, Sequence) else (kernel_size,)
-        if min(in_channels, out_channels, *sizes) < 1:
-            raise ValueError(
-                f"in_channels={in_channels}, out_channels={out_channels}, "
-                f"kernel_size={kernel_size}, expected every size >= 1."
-            )
-        # Torch checks and expands its own arguments; on meta that costs nothing.
-        stock = self._stock(
-            *(in_channels, out_channels, kernel_size, stride, padding, dilation),
-            *(groups, False, padding_mode),
-            device="meta",
+        shape = adopt_geometry(
+            *(self, self._stock, in_channels, out_channels, kernel_size, stride),
+            *(padding, dilation, groups, padding_mode),
         )
-        for name in (
-            *("in_channels", "out_channels", "kernel_size", "stride", "padding"),
-            *("dilation", "groups", "padding_mode"),
-        ):
-            setattr(self, name, getattr(stock, name))
         self._build(
-            stock.weight.shape,
+            shape,
             rank=rank,
             init=init,
             forward_mode=forward_mode,
@@ -71,7 +59,7 @@ class _CPConv(CPLayer):
         """Convolve ``(batch, in, *size)``, or one image without the batch axis."""
         padding = self.padding
         if self.padding_mode != "zeros":
-            images, padding = F.pad(images, self._margins(), mode=self.padding_mode), 0
+            images, padding = F.pad(images, margins(self), mode=self.padding_mode), 0
         geometry = {
             "stride": self.stride,
             "padding": padding,
@@ -99,17 +87,6 @@ class _CPConv(CPLayer):
         output = _innermost(output) if last else output.contiguous()
         return output if batched else output[0]
 
-    def _margins(self) -> list[int]:
-        """Padding before and after each axis, last axis first, as `F.pad` wants it."""
-        margins: list[int] = []
-        for n in reversed(range(len(self.kernel_size))):
-            if self.padding == "same":
-                total = self.dilation[n] * (self.kernel_size[n] - 1)
-                margins += [total // 2, total - total // 2]
-            else:
-                margins += [0 if self.padding == "valid" else self.padding[n]] * 2
-        return margins
-
     def cost(self, shape: Sequence[int] | None) -> ForwardCost:
         """Estimated cost of both forwards for an input of this shape."""
         steps = math.prod(self.stride)
@@ -119,13 +96,7 @@ class _CPConv(CPLayer):
         positions = batch * math.prod(shape[-len(self.kernel_size) :])
         return self._cost(max(1, positions // steps), positions)
 
-    @staticmethod
-    def _arguments(layer: nn.Module) -> tuple:
-        return (
-            *(layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride),
-            *(layer.padding, layer.dilation, layer.groups, layer.bias is not None),
-            layer.padding_mode,
-        )
+    _arguments = staticmethod(conv_arguments)
 
     def extra_repr(self) -> str:
         """Torch's own text for the geometry, then that of `CPLayer`."""
