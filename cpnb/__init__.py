@@ -53,7 +53,6 @@ from cpnb.fine_tuning import TruncationStage, fine_tune, truncate_gradually
 from cpnb.hooks import Hook
 from cpnb.initializers import INITIALIZERS, gaussian, unified, uniform
 from cpnb.linear import CPLinear
-from cpnb.lowrank import tai, tai_decompose
 from cpnb.models import AlexNet, DigitsNet, LeNet
 from cpnb.nested import NestedRank
 from cpnb.ranks import break_even_rank, resolve_rank
@@ -64,6 +63,7 @@ from cpnb.resnet import VGG, ResNet
 from cpnb.rules import EffectiveRank, EnergyRank, FitRank
 from cpnb.surgery import canonicalize, cp_layers, from_layer, to_dense
 from cpnb.sweep import RankSweep, rank_sweep
+from cpnb.tai import tai, tai_decompose
 from cpnb.training import Run, fast_mode, fit
 from cpnb.truncation import component_order, kept_rank, select_components, truncate
 from cpnb.unified import unified_variance

@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn.utils import parametrizations
 from torch.testing import assert_close
 
-from cpnb.lowrank import tai, tai_decompose, tai_kernel
 from cpnb.rules import FitRank
+from cpnb.tai import tai, tai_decompose, tai_kernel
 
 
 def conv(*args, **options):

@@ -1,15 +1,13 @@
-"""Low rank by matrix decomposition: a convolution as two one-dimensional ones."""
-
-import math
-from collections.abc import Sequence
-from typing import Any
+"""The split of Tai et al.: a convolution as two one-dimensional stock ones."""
 
 import torch
 from torch import Tensor, nn
 
 from cpnb._checks import check_kernel
 from cpnb.conversion import refusal
-from cpnb.ranks import KernelRule, Rank, resolve_rank
+from cpnb.geometry import along_axis
+from cpnb.matrices import matrix_rank, spectral_factors, unfold
+from cpnb.ranks import Rank
 from cpnb.surgery import Skip, refuse_tied, replace_layers, skip_rule
 
 
@@ -54,22 +52,35 @@ def tai_decompose(conv: nn.Conv2d, rank: Rank) -> nn.Sequential:
         raise TypeError(f"conv is a {type(conv).__name__}: {reason}.")
     check_kernel(conv.weight, "conv.weight")
     groups, (height, width) = conv.groups, conv.kernel_size
-    kernel = conv.weight.detach().double().unflatten(0, (groups, -1))
-    matrices = kernel.permute(0, 2, 3, 1, 4).flatten(3).flatten(1, 2)
-    count = _matrix_rank(rank, matrices)
-    left, values, right = torch.linalg.svd(matrices, full_matrices=False)
-    root = values[:, :count, None].sqrt()
+    # Here height goes with the inputs: the kernel of the transposed layer, unfolded.
+    kernel = conv.weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+    matrices = unfold(kernel, groups)
+    rows, columns = matrices.shape[1:]
+    count, full = matrix_rank(rank, (rows, columns), matrices), min(rows, columns)
+    if count > full:
+        raise ValueError(
+            f"rank is {count}, expected at most the full rank {full} of the "
+            f"({rows}, {columns}) unfolding (in·height, out·width). Channels beyond it "
+            "would be dead."
+        )
     # Shapes (groups, rank, in·height) and (groups, rank, out·width).
-    first, last = left.mT[:, :count] * root, right[:, :count] * root
+    first, last = (factor.mT for factor in spectral_factors(matrices, count))
     hidden, bias = groups * count, conv.bias is not None
+    like = {
+        "padding_mode": conv.padding_mode,
+        "dtype": conv.weight.dtype,
+        "device": conv.weight.device,
+    }
     vertical = nn.utils.skip_init(
         *(nn.Conv2d, conv.in_channels, hidden, (height, 1)),
-        **_geometry(conv, axis=0),
+        **along_axis(conv, 0),
+        **like,
         bias=False,
     )
     horizontal = nn.utils.skip_init(
         *(nn.Conv2d, hidden, conv.out_channels, (1, width)),
-        **_geometry(conv, axis=1),
+        **along_axis(conv, 1),
+        **like,
         bias=bias,
     )
     last = last.unflatten(2, (-1, width)).movedim(1, 2)
@@ -133,41 +144,3 @@ def tai(model: nn.Module, rank: Rank, *, skip: Skip = ()) -> nn.Module:
     refuse_tied(model, layers)
     split = {name: tai_decompose(layer, rank) for name, layer in layers.items()}
     return replace_layers(model, split)
-
-
-def _matrix_rank(rank: Rank, matrices: Tensor) -> int:
-    """Rank of each of a batch of matrices; fractions are of their break-even rank."""
-    rows, columns = matrices.shape[1:]
-    full = min(rows, columns)
-    if isinstance(rank, KernelRule):
-        return max(rank.count(matrix) for matrix in matrices)
-    if isinstance(rank, float | str):
-        resolve_rank(rank, (rows, columns))  # refuses what is no rank
-        even = math.ceil(rows * columns / (rows + columns))  # at most the full rank
-        return max(1, round((rank if isinstance(rank, float) else 1.0) * even))
-    count = resolve_rank(rank, (rows, columns))
-    if count > full:
-        raise ValueError(
-            f"rank is {count}, expected at most the full rank {full} of the "
-            f"({rows}, {columns}) unfolding (in·height, out·width). Channels beyond it "
-            "would be dead."
-        )
-    return count
-
-
-def _geometry(conv: nn.Conv2d, axis: int) -> dict[str, Any]:
-    """Arguments of ``conv`` that act along one axis, neutral along the other."""
-
-    def along(values: Sequence[int], neutral: int) -> tuple[int, ...]:
-        return tuple(v if n == axis else neutral for n, v in enumerate(values))
-
-    padding = conv.padding
-    return {
-        "stride": along(conv.stride, 1),
-        "padding": padding if isinstance(padding, str) else along(padding, 0),
-        "dilation": along(conv.dilation, 1),
-        "groups": conv.groups,
-        "padding_mode": conv.padding_mode,
-        "dtype": conv.weight.dtype,
-        "device": conv.weight.device,
-    }
