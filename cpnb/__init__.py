@@ -49,10 +49,12 @@ from cpnb.diagnostics import (
     top_hessian_eigenvalue,
 )
 from cpnb.evaluation import accuracy, evaluate
+from cpnb.factorization import factorize, first_and_last
 from cpnb.fine_tuning import TruncationStage, fine_tune, truncate_gradually
 from cpnb.hooks import Hook
 from cpnb.initializers import INITIALIZERS, gaussian, unified, uniform
 from cpnb.linear import CPLinear
+from cpnb.lowrank import LowRankConv2d, LowRankLinear
 from cpnb.models import AlexNet, DigitsNet, LeNet
 from cpnb.nested import NestedRank
 from cpnb.ranks import break_even_rank, resolve_rank
@@ -107,6 +109,8 @@ __all__ = [
     "Hook",
     "LeNet",
     "LossSlice",
+    "LowRankConv2d",
+    "LowRankLinear",
     "NestedRank",
     "ParameterRatio",
     "RankExplorer",
@@ -141,9 +145,11 @@ __all__ = [
     "degeneracy",
     "degeneracy_report",
     "evaluate",
+    "factorize",
     "fast_mode",
     "filter_directions",
     "fine_tune",
+    "first_and_last",
     "fit",
     "from_layer",
     "gaussian",

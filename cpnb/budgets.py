@@ -43,17 +43,38 @@ class ParameterRatio(ModelRule):
 
     def counts(self, model: nn.Module, names: Iterable[str]) -> dict[str, int]:
         """Ranks within the budget; see `ModelRule`."""
+        return self.share(model, names, held=_cp_held, rank_at=_cp_rank)
+
+    def share(
+        self,
+        model: nn.Module,
+        names: Iterable[str],
+        *,
+        held: Callable[[nn.Module, int], int],
+        rank_at: Callable[[nn.Module, float], int],
+    ) -> dict[str, int]:
+        """Ranks within the budget, for any way to factorize a layer.
+
+        Args:
+            model: As in `counts`.
+            names: As in `counts`.
+            held: Parameters, without the bias, that a layer has at a rank.
+            rank_at: A layer's rank at a fraction of its break-even rank.
+
+        Returns:
+            A rank by name.
+
+        Raises:
+            ValueError: If the budget is too small even for rank 1 in each layer.
+        """
         layers = {name: model.get_submodule(name) for name in names}
         total = sum(parameter.numel() for parameter in model.parameters())
         kept = total - sum(layer.weight.numel() for layer in layers.values())
 
         def spent(ranks: Mapping[str, int]) -> int:
-            return kept + sum(
-                cp_parameters(layers[name].weight.shape, rank)
-                for name, rank in ranks.items()
-            )
+            return kept + sum(held(layers[name], rank) for name, rank in ranks.items())
 
-        return _share_out(self, layers, spent, total, "parameters")
+        return _share_out(self, layers, spent, total, "parameters", rank_at)
 
 
 @dataclass(frozen=True)
@@ -102,7 +123,15 @@ class FlopRatio(ModelRule):
         def spent(ranks: Mapping[str, int]) -> int:
             return kept + sum(slope[name] * rank for name, rank in ranks.items())
 
-        return _share_out(self, layers, spent, total, "FLOPs")
+        return _share_out(self, layers, spent, total, "FLOPs", _cp_rank)
+
+
+def _cp_held(layer: nn.Module, rank: int) -> int:
+    return cp_parameters(layer.weight.shape, rank)
+
+
+def _cp_rank(layer: nn.Module, fraction: float) -> int:
+    return resolve_rank(fraction, layer.weight.shape)
 
 
 def _share_out(
@@ -111,15 +140,13 @@ def _share_out(
     spent: Callable[[Mapping[str, int]], int],
     total: int,
     unit: str,
+    rank_at: Callable[[nn.Module, float], int],
 ) -> dict[str, int]:
     """Ranks at the largest common fraction of break-even that stays within budget."""
     budget = rule.ratio * total
 
     def ranks_at(fraction: float) -> dict[str, int]:
-        return {
-            name: resolve_rank(fraction, layer.weight.shape)
-            for name, layer in layers.items()
-        }
+        return {name: rank_at(layer, fraction) for name, layer in layers.items()}
 
     least = spent(dict.fromkeys(layers, 1))
     if least > budget:

@@ -13,6 +13,7 @@ from cpnb.ranks import ModelRule, Rank, resolve_rank
 
 if TYPE_CHECKING:
     from cpnb.base import CPLayer
+    from cpnb.lowrank_base import LowRankLayer
 
 CONVERTIBLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 _RELATED = (nn.modules.conv._ConvNd, nn.Linear, nn.LazyLinear, nn.Bilinear)
@@ -78,28 +79,30 @@ def convert_layer(
     new._init = start
     for parameter in (new.scale, new.lam, *new.factors):
         parameter.requires_grad_(layer.weight.requires_grad)
-    _copy_bias(layer.bias, new.bias)
+    copy_bias(layer.bias, new.bias)
     return new.train(layer.training)
 
 
-def stock_layer(layer: "CPLayer") -> nn.Module:
-    """Build the stock torch layer with the kernel of a CP layer."""
+def stock_layer(layer: "CPLayer | LowRankLayer") -> nn.Module:
+    """Build the stock torch layer with the kernel of a CP or low-rank layer."""
     reason = _lost_hooks(layer)
     if reason:
         raise TypeError(f"layer is a {type(layer).__name__}: {reason}.")
-    weight = layer.weight.detach()
+    with torch.enable_grad():  # to see whether any part of it is trained
+        weight = layer.weight
     stock = nn.utils.skip_init(
         layer._stock, *layer._arguments(layer), device=weight.device, dtype=weight.dtype
     )
     with torch.no_grad():
         stock.weight.copy_(weight)
-    stock.weight.requires_grad_(layer.lam.requires_grad)
-    _copy_bias(layer.bias, stock.bias)
+    stock.weight.requires_grad_(weight.requires_grad)
+    copy_bias(layer.bias, stock.bias)
     return stock.train(layer.training)
 
 
 @torch.no_grad()
-def _copy_bias(source: Tensor | None, target: Tensor | None) -> None:
+def copy_bias(source: Tensor | None, target: Tensor | None) -> None:
+    """Give ``target`` the values of ``source``, and its ``requires_grad``."""
     if source is not None:
         target.copy_(source)
         target.requires_grad_(source.requires_grad)

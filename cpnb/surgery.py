@@ -12,6 +12,7 @@ from cpnb.conv import CPConv1d, CPConv2d, CPConv3d
 from cpnb.conversion import convert_layer, is_weighted, refusal
 from cpnb.initializers import CPForm
 from cpnb.linear import CPLinear
+from cpnb.lowrank_base import LowRankLayer
 from cpnb.ranks import ModelRule, Rank
 
 Skip = str | Iterable[str] | Callable[[str, nn.Module], bool]
@@ -123,13 +124,13 @@ def canonicalize(
 
 
 def to_dense(model: nn.Module) -> nn.Module:
-    """Copy a model with every CP layer as the stock torch layer it stands for.
+    """Copy a model with every CP or low-rank layer as the stock layer it stands for.
 
     The result holds no trace of cpnb, so that anything that takes torch modules takes
     it. The source model is not touched.
 
     Args:
-        model: Any module; also a single CP layer.
+        model: Any module; also a single layer.
 
     Returns:
         A new model that computes the same function.
@@ -139,7 +140,12 @@ def to_dense(model: nn.Module) -> nn.Module:
       (0): Linear(in_features=8, out_features=2, bias=True)
     )
     """
-    dense = {layer: layer.to_dense() for layer in cp_layers(model).values()}
+    check_module(model)
+    dense = {
+        layer: layer.to_dense()
+        for layer in model.modules()
+        if isinstance(layer, CPLayer | LowRankLayer)
+    }
     return replace_layers(
         model,
         {

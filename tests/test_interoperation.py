@@ -1,9 +1,11 @@
-"""CP networks in other hands: compile, export, ONNX, pickle, a light import."""
+"""Factorized networks in other hands: compile, export, ONNX, pickle, a light import."""
 
+import copy
 import pickle
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -11,19 +13,33 @@ from torch.testing import assert_close
 
 import cpnb
 
+FORMS = {
+    "CP": cpnb.canonicalize,
+    "low rank": partial(cpnb.factorize, skip=(), middle=True),
+}
 
-@pytest.fixture
-def network():
+
+@pytest.fixture(params=FORMS.values(), ids=FORMS)
+def network(request):
     generator = torch.Generator().manual_seed(0)
-    return cpnb.canonicalize(cpnb.DigitsNet(), rank=0.5, generator=generator).eval()
+    return request.param(cpnb.DigitsNet(), rank=0.5, generator=generator).eval()
 
 
 IMAGES = torch.linspace(-1, 1, 3 * 64).view(3, 1, 8, 8)
 
 
-@pytest.mark.parametrize("mode", ["auto", "dense", "chain"])
-def test_layer_compiles_into_one_graph_with_gradients(mode):
-    layer = cpnb.CPConv2d(3, 8, 3, rank=6, forward_mode=mode)
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(cpnb.CPConv2d, forward_mode="auto"),
+        partial(cpnb.CPConv2d, forward_mode="dense"),
+        partial(cpnb.CPConv2d, forward_mode="chain"),
+        partial(cpnb.LowRankConv2d, middle=True),
+    ],
+    ids=["auto", "dense", "chain", "low rank"],
+)
+def test_layer_compiles_into_one_graph_with_gradients(make):
+    layer = make(3, 8, 3, rank=6)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     images = torch.randn(2, 3, 8, 8)
     assert_close(compiled(images), layer(images))
@@ -57,11 +73,12 @@ def test_network_exports_for_any_batch_size(network, dense):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of the exporter's own making
-def test_dense_network_runs_in_onnx_runtime(network, tmp_path):
+@pytest.mark.parametrize("dense", [False, True])
+def test_network_runs_in_onnx_runtime(network, dense, tmp_path):
     import onnxruntime
 
     path = tmp_path / "net.onnx"
-    model = cpnb.to_dense(network)
+    model = cpnb.to_dense(network) if dense else network
     torch.onnx.export(model, (IMAGES,), path, dynamo=True, verbose=False)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     (name,) = (entry.name for entry in session.get_inputs())
@@ -82,13 +99,18 @@ def test_dense_network_needs_no_cpnb_to_unpickle(network, tmp_path):
     assert done.stdout.strip() == "Conv2d", done.stderr
 
 
-def test_network_pickles(network):
-    twin = pickle.loads(pickle.dumps(network))
-    assert_close(twin(IMAGES), network(IMAGES))
+def test_network_pickles_and_copies(network):
+    for twin in (pickle.loads(pickle.dumps(network)), copy.deepcopy(network)):
+        assert torch.equal(twin(IMAGES), network(IMAGES))
+        own = {p.data_ptr() for p in network.parameters()}
+        assert own.isdisjoint(p.data_ptr() for p in twin.parameters())
 
 
-def test_vmap_runs_an_ensemble_of_cp_networks(network):
-    twins = [network, cpnb.canonicalize(cpnb.DigitsNet(), rank=0.5).eval()]
+def test_vmap_runs_an_ensemble_of_networks(network):
+    twins = [network, copy.deepcopy(network)]
+    with torch.no_grad():
+        for parameter in twins[1].parameters():
+            parameter.mul_(1.1)
     parameters, buffers = torch.func.stack_module_state(twins)
 
     def scores(parameters, buffers):
