@@ -51,12 +51,14 @@ from cpnb.diagnostics import (
 from cpnb.evaluation import accuracy, evaluate
 from cpnb.factorization import factorize, first_and_last
 from cpnb.fine_tuning import TruncationStage, fine_tune, truncate_gradually
+from cpnb.frobenius import FrobeniusDecay, frobenius_decay
 from cpnb.hooks import Hook
 from cpnb.initializers import INITIALIZERS, gaussian, unified, uniform
 from cpnb.linear import CPLinear
 from cpnb.lowrank import LowRankConv2d, LowRankLinear
 from cpnb.models import AlexNet, DigitsNet, LeNet
 from cpnb.nested import NestedRank
+from cpnb.nuclear import FactorNorms, factor_norms
 from cpnb.ranks import break_even_rank, resolve_rank
 from cpnb.recipes import Recipe
 from cpnb.report import TruncationReport, truncation_report
@@ -103,8 +105,10 @@ __all__ = [
     "DigitsNet",
     "EffectiveRank",
     "EnergyRank",
+    "FactorNorms",
     "FitRank",
     "FlopRatio",
+    "FrobeniusDecay",
     "HessianEigenvalue",
     "Hook",
     "LeNet",
@@ -145,12 +149,14 @@ __all__ = [
     "degeneracy",
     "degeneracy_report",
     "evaluate",
+    "factor_norms",
     "factorize",
     "fast_mode",
     "filter_directions",
     "fine_tune",
     "first_and_last",
     "fit",
+    "frobenius_decay",
     "from_layer",
     "gaussian",
     "gram_lipschitz",

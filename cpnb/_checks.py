@@ -1,7 +1,9 @@
 """One check per concept: argument, expected, got, next step."""
 
+import math
 import operator
 from collections.abc import Sequence
+from numbers import Real
 
 from torch import Tensor, nn
 
@@ -13,6 +15,15 @@ def check_count(value: int, name: str, least: int = 1, hint: str = "") -> int:
     if operator.index(value) < least:
         raise ValueError(f"{name} is {value}, expected at least {least}.{hint}")
     return operator.index(value)
+
+
+def check_strength(value: float, name: str) -> float:
+    """A finite number of at least 0, also from numpy, as a float."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} is {value!r}, expected a number >= 0.")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} is {value}, expected a finite number >= 0.")
+    return float(value)
 
 
 def check_module(model: nn.Module, name: str = "model") -> None:
