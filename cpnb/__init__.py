@@ -59,6 +59,7 @@ from cpnb.lowrank import LowRankConv2d, LowRankLinear
 from cpnb.models import AlexNet, DigitsNet, LeNet
 from cpnb.nested import NestedRank
 from cpnb.nuclear import FactorNorms, factor_norms
+from cpnb.proximal import ProximalL1, nonzero_ranks
 from cpnb.ranks import break_even_rank, resolve_rank
 from cpnb.recipes import Recipe
 from cpnb.report import TruncationReport, truncation_report
@@ -117,6 +118,7 @@ __all__ = [
     "LowRankLinear",
     "NestedRank",
     "ParameterRatio",
+    "ProximalL1",
     "RankExplorer",
     "RankSweep",
     "Recipe",
@@ -166,6 +168,7 @@ __all__ = [
     "load_data",
     "load_weights",
     "loss_slice",
+    "nonzero_ranks",
     "normalize_columns",
     "param_groups",
     "plots",
