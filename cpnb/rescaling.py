@@ -77,8 +77,9 @@ def rescale_(
     share one scale, chosen from all rows and columns that meet there (the root mean
     square of their norms in the mode ``"unit"``). A norm layer takes the place of the
     layer before it: its weight γ_j is the row, β_j the bias. A CP layer takes the
-    scales in the rows of its factors, which keep their column norms, and in λ. The
-    output layer has no scale of its own, and rows or columns of zeros have d = 1.
+    scales in the rows of its factors, which keep their column norms, and in λ, a
+    low-rank layer in the rows of U and V. The output layer has no scale of its own, and
+    rows or columns of zeros have d = 1.
 
     Args:
         model: Takes batches, ``(n, features)`` or ``(n, channels, ...)``.

@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -15,6 +16,7 @@ from torch.testing import assert_close
 
 import cpnb
 from cpnb._rescaling.plan import LIMIT
+from cpnb.lowrank_base import LowRankLayer
 from cpnb.rescaling import MODES, Rescaling, rescale_
 
 NETWORKS = {
@@ -44,6 +46,9 @@ def ill_scaled(model, seed=0, spread=0.7):
             elif isinstance(layer, cpnb.CPLayer):
                 rows = layer.factors[0]
                 rows.mul_((spread * draw(rows[:, 0])).exp()[:, None])
+            elif isinstance(layer, LowRankLayer):
+                for rows in (layer.left, layer.right):
+                    rows.mul_((spread * draw(rows[:, 0])).exp()[:, None])
             elif isinstance(layer, nn.Linear | nn.modules.conv._ConvNd):
                 rows = layer.weight.flatten(1)
                 rows.mul_((spread * draw(rows[:, 0])).exp()[:, None])
@@ -90,7 +95,7 @@ def mlp(*sizes, activation=nn.ReLU):
 
 @pytest.mark.parametrize("dtype", EXACT, ids=["float64", "float32"])
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("form", ["dense", "cp"])
+@pytest.mark.parametrize("form", ["dense", "cp", "low rank"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_rescale_leaves_the_output_in_training_and_evaluation(name, form, mode, dtype):
     network, shape = NETWORKS[name]
@@ -99,6 +104,8 @@ def test_rescale_leaves_the_output_in_training_and_evaluation(name, form, mode, 
         model = cpnb.canonicalize(
             model, rank=6, generator=torch.Generator().manual_seed(1)
         )
+    if form == "low rank":
+        model = cpnb.factorize(model, rank=6, init="kaiming")
     model = ill_scaled(model).to(dtype)
     after, report = rescaled(model, mode=mode)
     assert change(model, after, images_for(shape, dtype=dtype)) <= EXACT[dtype]
@@ -136,11 +143,13 @@ class Branches(nn.Module):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("form", ["dense", "cp"])
+@pytest.mark.parametrize("form", ["dense", "cp", "low rank"])
 def test_rescale_follows_branches_groups_and_views(form, mode):
     model = Branches()
     if form == "cp":
         model = cpnb.canonicalize(model, rank=4)
+    if form == "low rank":
+        model = cpnb.factorize(model, rank="same", middle=True, skip=())
     model = ill_scaled(model.double())
     after, report = rescaled(model, mode=mode)
     images = images_for((2, 12, 12))
@@ -471,8 +480,17 @@ def test_cp_layer_keeps_its_rank_and_column_norms_and_moves_lam(signed):
     assert not torch.allclose(model[0].lam, before[0].lam)
 
 
-def test_cp_layer_and_its_dense_twin_get_the_same_scales():
-    model = cpnb.canonicalize(cpnb.DigitsNet(), rank=5).double()
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(cpnb.canonicalize, rank=5),
+        partial(cpnb.factorize, rank=3, skip=()),
+        partial(cpnb.factorize, rank=3, middle=True, skip=()),
+    ],
+    ids=["cp", "low rank", "low rank with M"],
+)
+def test_factorized_layers_and_their_dense_twins_get_the_same_scales(make):
+    model = make(cpnb.DigitsNet()).double()
     dense = cpnb.to_dense(model)
     for mode in MODES:
         scales = [rescaled(net, mode=mode)[1].scales for net in (model, dense)]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cpnb.base import CPLayer
+from cpnb.lowrank_base import LowRankLayer
 
 
 @dataclass(frozen=True)
@@ -99,3 +100,23 @@ def canonical_change(layer: CPLayer, rows: Tensor, columns: Tensor) -> Canonical
         parameters.append(layer.bias)
         factors.append(rows.flatten())
     return CanonicalChange(parameters, factors, len(scales))
+
+
+def low_rank_change(layer: LowRankLayer, rows: Tensor, columns: Tensor) -> Change:
+    """Multiply the rows of ``U Vᵀ`` in U, divide its columns in V; M stays.
+
+    Args:
+        layer: Not changed yet.
+        rows: Shape ``(groups, out / groups)``.
+        columns: Shape ``(groups, in / groups)``.
+    """
+    parameters, factors = [], []
+    for matrix, scale in ((layer.left, rows), (layer.right, 1 / columns)):
+        scale = scale.flatten()
+        parameters.append(matrix)
+        # A channel has one row of the matrix for each row or column of the window.
+        factors.append(scale.repeat_interleave(len(matrix) // len(scale))[:, None])
+    if layer.bias is not None:
+        parameters.append(layer.bias)
+        factors.append(rows.flatten())
+    return Change(parameters, factors)

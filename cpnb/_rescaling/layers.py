@@ -8,17 +8,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from cpnb._rescaling.changes import Change, canonical_change
+from cpnb._rescaling.changes import Change, canonical_change, low_rank_change
 from cpnb.base import CPLayer
 from cpnb.conv import CPConv1d, CPConv2d, CPConv3d
 from cpnb.linear import CPLinear
+from cpnb.lowrank import LowRankConv2d, LowRankLinear
+from cpnb.lowrank_base import LowRankLayer
 
 # Kinds of layers, with the numbers of axes that their inputs may have.
 _CONVOLUTIONS = {
     **{nn.Conv1d: (3,), nn.Conv2d: (4,), nn.Conv3d: (5,)},
-    **{CPConv1d: (3,), CPConv2d: (4,), CPConv3d: (5,)},
+    **{CPConv1d: (3,), CPConv2d: (4,), CPConv3d: (5,), LowRankConv2d: (4,)},
 }
-WEIGHTED = {**_CONVOLUTIONS, nn.Linear: (2,), CPLinear: (2,)}
+_LINEAR = {nn.Linear: (2,), CPLinear: (2,), LowRankLinear: (2,)}
+WEIGHTED = {**_CONVOLUTIONS, **_LINEAR}
 BATCH_NORMS = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}
 NORMS = {
     **BATCH_NORMS,
@@ -69,6 +72,8 @@ class Layer:
         rows, columns = scales[self.rows], scales[self.columns]
         if isinstance(self.module, CPLayer):
             return canonical_change(self.module, rows, columns)
+        if isinstance(self.module, LowRankLayer):
+            return low_rank_change(self.module, rows, columns)
         weight, bias = self.module.weight, self.module.bias
         factor = (rows[:, :, None] / columns[:, None]).flatten(0, 1)
         spare = weight.ndim - 2  # a norm has no axis of inputs
