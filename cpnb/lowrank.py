@@ -103,11 +103,12 @@ rank=16 (0.25 of break-even 64))
             down["padding"] = across["padding"] = 0
         left, right = self.pair
         height, width = self.kernel_size
-        # (groups · rank, in / groups, 1, width), then (out, rank, height, 1).
-        across_kernel = right.unflatten(1, (-1, 1, width)).movedim(-1, 1)
+        # (groups · rank, in / groups, 1, width), then (out, rank, height, 1). As they
+        # are stored they would be laid out channels_last, and the output with them.
+        across_kernel = right.unflatten(1, (-1, 1, width)).movedim(-1, 1).flatten(0, 1)
         down_kernel = left.reshape(self.out_channels, height, 1, -1).movedim(-1, 1)
-        images = F.conv2d(images, across_kernel.flatten(0, 1), None, **across)
-        return F.conv2d(images, down_kernel, self.bias, **down)
+        images = F.conv2d(images, across_kernel.contiguous(), None, **across)
+        return F.conv2d(images, down_kernel.contiguous(), self.bias, **down)
 
     def extra_repr(self) -> str:
         """Torch's own text for the geometry, then that of `LowRankLayer`."""

@@ -98,6 +98,16 @@ def test_conv_keeps_the_function_of_a_trained_kernel_of_low_rank():
     assert_close(LowRankConv2d.from_layer(source, rank=2).weight, source.weight)
 
 
+def test_conv_keeps_the_layout_of_its_input():
+    layer = LowRankConv2d(4, 8, 3, rank=3)
+    images = torch.randn(2, 4, 6, 6)
+    assert layer(images).is_contiguous()
+    innermost = images.contiguous(memory_format=torch.channels_last)
+    output = layer(innermost)
+    assert output.is_contiguous(memory_format=torch.channels_last)
+    assert_close(output, layer(images), rtol=1e-5, atol=1e-5)
+
+
 @both_forms
 def test_linear_runs_through_its_factors(middle):
     source = nn.Linear(7, 5, dtype=torch.float64)
