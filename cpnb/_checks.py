@@ -26,6 +26,15 @@ def check_strength(value: float, name: str) -> float:
     return float(value)
 
 
+def check_positive(value: float, name: str) -> float:
+    """A finite number above 0, as a float."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} is {value!r}, expected a number above 0.")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} is {value}, expected a finite number above 0.")
+    return float(value)
+
+
 def check_module(model: nn.Module, name: str = "model") -> None:
     """Raise unless ``model`` is a torch module."""
     if not isinstance(model, nn.Module):

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from cpnb.base import CPLayer
 from cpnb.costs import ForwardCost
-from cpnb.execution import CONV, conv_chain, pad_factors
+from cpnb.execution import CONV, conv_branches, conv_chain, pad_factors
 from cpnb.geometry import adopt_geometry, conv_arguments, margins
 from cpnb.initializers import CPForm
 
@@ -57,15 +58,7 @@ class _CPConv(CPLayer):
 
     def forward(self, images: Tensor) -> Tensor:
         """Convolve ``(batch, in, *size)``, or one image without the batch axis."""
-        padding = self.padding
-        if self.padding_mode != "zeros":
-            images, padding = F.pad(images, margins(self), mode=self.padding_mode), 0
-        geometry = {
-            "stride": self.stride,
-            "padding": padding,
-            "dilation": self.dilation,
-            "groups": self.groups,
-        }
+        images, geometry = self._padded(images)
         if self._choose(images.shape) == "dense":
             kernel = self._kernel(_is_channels_last(images))
             return CONV[len(self.kernel_size)](images, kernel, self.bias, **geometry)
@@ -86,6 +79,35 @@ class _CPConv(CPLayer):
         last = _is_channels_last(batch)
         output = _innermost(output) if last else output.contiguous()
         return output if batched else output[0]
+
+    def branches(self, images: Tensor, factors: Sequence[Tensor]) -> Tensor:
+        """What each component of a kernel like this one's sends to its outputs.
+
+        Args:
+            images: Shape ``(batch, in, *size)``.
+            factors: One per mode but the output's, also of size 1. Shapes
+                ``(size_n, rank)`` for any rank.
+
+        Returns:
+            Shape ``(batch, groups, rank, *size_out)``.
+        """
+        images, geometry = self._padded(images)
+        if images.ndim == 4:  # the depthwise stage runs about twice as fast so
+            images = _innermost(images)
+        lam = factors[0].new_ones(factors[0].shape[1])
+        return conv_branches(images, lam, factors, **geometry)
+
+    def _padded(self, images: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """The input to convolve and how: padded already unless with zeros."""
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            images, padding = F.pad(images, margins(self), mode=self.padding_mode), 0
+        return images, {
+            "stride": self.stride,
+            "padding": padding,
+            "dilation": self.dilation,
+            "groups": self.groups,
+        }
 
     def cost(self, shape: Sequence[int] | None) -> ForwardCost:
         """Estimated cost of both forwards for an input of this shape."""

@@ -131,19 +131,48 @@ def conv_chain(
     Returns:
         Shape ``(batch, out, *size_out)``.
     """
-    output, source, *spatial = factors
+    output, *others = factors
+    geometry = {"stride": stride, "padding": padding, "dilation": dilation}
+    hidden = conv_branches(images, lam, others, groups=groups, **geometry)
+    mix = output.reshape(-1, lam.numel(), *(1,) * (len(others) - 1))
+    return CONV[len(others) - 1](hidden.flatten(1, 2), mix, bias, groups=groups)
+
+
+def conv_branches(
+    images: Tensor,
+    lam: Tensor,
+    factors: Sequence[Tensor],
+    *,
+    stride: Sequence[int],
+    padding: Sequence[int] | str,
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """The first two stages of `conv_chain`: what each component sends to its outputs.
+
+    Args:
+        images: As in `conv_chain`, like all that follow.
+        lam: Component weights.
+        factors: One per mode but the output's, also of size 1.
+        stride: One per spatial axis.
+        padding: One per spatial axis, or a word.
+        dilation: One per spatial axis.
+        groups: Groups of the convolution.
+
+    Returns:
+        Shape ``(batch, groups, rank, *size_out)``.
+    """
+    source, *spatial = factors
     rank, ndim = lam.numel(), len(spatial)
-    point = (1,) * ndim
     geometry = {"stride": stride, "padding": padding, "dilation": dilation}
     conv = CONV[ndim]
     batch, channels = images.shape[0], source.shape[0]
     # λ scales the window, the smallest of the three weights, as in the rebuild.
     window = (khatri_rao(spatial) * lam).T.reshape(rank, 1, *(len(f) for f in spatial))
-    mix = source.T.reshape(rank, channels, *point)
+    mix = source.T.reshape(rank, channels, *(1,) * ndim)
     hidden = images.reshape(batch * groups, channels, *images.shape[2:])
     if channels == 1 or window[0].numel() == 1:  # one of the two stages is a scaling
         hidden = conv(hidden, mix * window, **geometry)
     else:
         hidden = conv(conv(hidden, mix), window, groups=rank, **geometry)
-    hidden = hidden.reshape(batch, groups * rank, *hidden.shape[2:])
-    return conv(hidden, output.reshape(-1, rank, *point), bias, groups=groups)
+    return hidden.reshape(batch, groups, rank, *hidden.shape[2:])

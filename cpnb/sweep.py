@@ -7,9 +7,12 @@ from typing import Any
 
 from torch import nn
 
+from cpnb._checks import check_positive
+from cpnb._sweep.memory import MIB
 from cpnb._sweep.meter import RankMeter
 from cpnb._sweep.plan import plan_positions
 from cpnb._sweep.points import GLOBAL
+from cpnb._sweep.sweeper import Sweeper
 from cpnb._sweep.table import RankSweep
 
 __all__ = ["RankSweep", "rank_sweep"]
@@ -24,12 +27,17 @@ def rank_sweep(
     key: str = "lam",
     refit: bool = False,
     batch_size: int = 1000,
+    memory: float = 1024,
     progress: bool = True,
 ) -> RankSweep:
-    """Measure accuracy, kernel error and size of a network at many ranks.
+    """Measure accuracy, loss, kernel error and size of a network at many ranks.
 
     Cuts one CP layer at a time, the others whole, and all of them to one fraction
-    (axis ``"*"``). Every point equals :func:`truncate` followed by :func:`accuracy`.
+    (axis ``"*"``). Every point is what :func:`truncate` and :func:`evaluate` give, up
+    to rounding, but the network is not run once for each: what comes before the cut
+    layer is computed once, components are added to its outputs one after the other, and
+    many ranks go through the layers after it together. Where that cannot be done, as
+    for a layer that is used twice, ranks are measured one by one; ``methods`` says so.
     Ctrl-C returns the points measured so far, with status ``"interrupted"``.
 
     Args:
@@ -46,7 +54,9 @@ def rank_sweep(
             every percent for ``"*"``.
         key: Importance that orders the components, see :func:`truncate`.
         refit: Whether to re-solve λ after each cut.
-        batch_size: Images per forward pass.
+        batch_size: Most images per forward pass.
+        memory: MiB that the tensors of a forward pass may take, apart from the network
+            and the images. Less of it makes smaller batches, not other results.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -55,26 +65,46 @@ def rank_sweep(
     Raises:
         TypeError: If ``data``, ``layers`` or ``ranks`` has the wrong type.
         ValueError: If the model has no CP layer, a name is unknown, or a rank is
-            outside its layer.
+            outside its layer, or ``memory`` is too small for one image.
     """
     from tqdm import tqdm
+
+    memory = check_positive(memory, "memory")
 
     meter = RankMeter(model, data, key=key, refit=refit, batch_size=batch_size)
     sweep = meter.table
     positions = plan_positions(sweep, layers, ranks)
     sweep.axes = tuple(positions)
     sweep.keeps = tuple(positions.get(GLOBAL, sweep.keeps))
-    cuts = [
-        sweep.ranks_at(place) if axis == GLOBAL else {axis: place}
-        for axis, places in positions.items()
-        for place in places
-    ]
-    points = [sweep.ranks | cut for cut in ({}, *cuts)]
-    distinct = {tuple(ranks.values()): ranks for ranks in points}.values()
-    with tqdm(distinct, "rank sweep", unit="point", disable=not progress) as steps:
+    sweeper = Sweeper(meter, int(memory * MIB))
+    sweep.methods = sweeper.methods
+    plan = _distinct(sweep, positions)
+    images = len(meter.images)
+    total = images * (1 + sum(map(len, plan.values())))
+    bar = {"unit": "image", "unit_scale": True, "disable": not progress}
+    with tqdm(total=total, desc="rank sweep", **bar) as steps:
         try:
-            for ranks in steps:
-                sweep.add(ranks, *meter.measure(ranks))
+            sweep.add(sweep.ranks, *meter.measure(sweep.ranks))
+            steps.update(images)
+            for axis, points in plan.items():
+                for ranks, measured in sweeper.measure(axis, points, steps.update):
+                    sweep.add(ranks, *measured)
         except KeyboardInterrupt:
             sweep.status = "interrupted"
     return sweep
+
+
+def _distinct(
+    sweep: RankSweep, positions: Mapping[str, list[float]]
+) -> dict[str, list[dict[str, int]]]:
+    """Truncations to measure on each axis, none twice, full rank left out."""
+    seen = {tuple(sweep.ranks.values())}
+    plan: dict[str, list[dict[str, int]]] = {}
+    for axis, places in positions.items():
+        for place in places:
+            cut = sweep.ranks_at(place) if axis == GLOBAL else {axis: place}
+            point = sweep.ranks | cut
+            if (ranks := tuple(point.values())) not in seen:
+                seen.add(ranks)
+                plan.setdefault(axis, []).append(point)
+    return plan

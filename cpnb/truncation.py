@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from cpnb._checks import check_count
 from cpnb.base import CPLayer
-from cpnb.cp import component_gram
+from cpnb.refit import finite_components, refit_lam, unit_gram
 from cpnb.surgery import cp_layers, replace_layers
 
 KEYS = ("lam", "greedy", "nested")
@@ -133,13 +133,13 @@ def component_order(layer: CPLayer, key: str = "lam") -> Tensor:
         )
     if key not in KEYS:
         raise ValueError(f"key is {key!r}, expected one of {KEYS}.")
-    lam, units = _float64_components(layer)
+    lam, units = finite_components(layer)
     if key == "nested":
         return torch.arange(layer.rank, device=lam.device)
     if key == "lam":
         return lam.abs().argsort(descending=True, stable=True)
     # M[r,s] = ⟨component r, component s⟩: removing the set S costs ‖Σ_S‖² = Σ_{S×S} M.
-    overlap = lam[:, None] * _gram(lam, units) * lam
+    overlap = lam[:, None] * unit_gram(lam, units) * lam
     cost = overlap.diagonal().clone()
     removed = []
     for _ in range(len(lam)):
@@ -184,11 +184,10 @@ def select_components(
         new.copy_(old[:, index])
     lam = layer.lam[index]
     if refit and len(index) < layer.rank:
-        whole, units = _float64_components(layer)
-        gram = _gram(whole, units)
-        inverse = torch.linalg.pinv(gram[index][:, index], hermitian=True)
+        whole, units = finite_components(layer)
         scale = layer.scale.double()
-        lam = (inverse @ (gram[index] @ whole)) / torch.where(scale == 0, 1, scale)
+        lam = refit_lam(whole, unit_gram(whole, units), index)
+        lam = lam / torch.where(scale == 0, 1, scale)
         if not layer.signed:
             _flip_signs(cut, lam)
     cut.lam.copy_(lam)
@@ -217,22 +216,6 @@ def _ranks_by_layer(
                 f"{layers[name].rank} components it holds."
             )
     return counts
-
-
-def _float64_components(layer: CPLayer) -> tuple[Tensor, list[Tensor]]:
-    lam, units = layer.components(torch.float64)
-    if not all(t.isfinite().all() for t in (lam, *units)):
-        raise ValueError(
-            f"the {type(layer).__name__} has NaN or infinite parameters, expected "
-            "finite ones. Go back to a checkpoint from before training diverged."
-        )
-    return lam.detach(), [unit.detach() for unit in units]
-
-
-def _gram(lam: Tensor, units: list[Tensor]) -> Tensor:
-    if not units:  # every mode of size 1: each component is the number λ_r
-        return lam.new_ones(len(lam), len(lam))
-    return component_gram(units)
 
 
 def _flip_signs(cut: CPLayer, lam: Tensor) -> None:

@@ -184,23 +184,26 @@ def test_rank_sweep_uses_the_validation_split_of_a_data_set(model, data):
     assert sweep.points() == pair.points()
 
 
-def test_rank_sweep_keeps_what_is_done_when_interrupted(model, data):
-    class Interrupting(nn.Module):
-        """Passes its input on; the eighth time somebody presses Ctrl-C."""
+@pytest.mark.parametrize("together", [True, False])
+def test_rank_sweep_keeps_what_is_done_when_interrupted(model, data, together):
+    def press(layer, inputs, scores):
+        """Press Ctrl-C when as many rows have passed as conv1 and a bit more take."""
+        nonlocal rows
+        before, rows = rows, rows + len(scores)
+        if before <= 560 < rows:
+            raise KeyboardInterrupt
 
-        def forward(self, scores):
-            calls.append(1)
-            if len(calls) == 8:
-                raise KeyboardInterrupt
-            return scores
-
-    calls = []
-    stopped = rank_sweep(nn.Sequential(model, Interrupting()), data, progress=False)
+    rows = 0
+    model.out.register_forward_hook(press)
+    if not together:
+        for layer in (model.conv1, model.conv2, model.fc):
+            layer.register_forward_hook(lambda *_: None)
+    stopped = rank_sweep(model, data, progress=False)
     assert stopped.status == "interrupted"
-    assert len(stopped) == 7
-    ranks = [dict(zip(RANKS, key, strict=True)) for key, _ in stopped.points()]
-    assert {"conv1": 1, "conv2": 4, "fc": 3} in ranks
-    for at, (_, accuracy) in zip(ranks, stopped.points(), strict=True):
+    ranks = [dict(zip(RANKS, key, strict=True)) for key, *_ in stopped.points()]
+    assert all({**RANKS, "conv1": rank} in ranks for rank in (1, 2, 3, 4, 5))
+    assert len(ranks) < 12  # the number with all of them
+    for at, (_, accuracy, _) in zip(ranks, stopped.points(), strict=True):
         assert accuracy == pytest.approx(naive(model, data, at)[1], abs=1e-12)
     assert all(row["accuracy"] is not None for row in stopped.to_rows())
 
@@ -230,7 +233,9 @@ def test_rank_sweep_takes_ranks_in_several_ways(model, data):
 
 def test_default_ranks_hold_every_rank_of_a_small_layer_and_a_grid_of_a_large_one():
     def layer(rank, break_even):
-        return SweptLayer("x", "CPLinear", (9, 9), 1.0, rank, break_even, 81, 10, 19)
+        return SweptLayer(
+            *("x", "CPLinear", (9, 9), 1.0, rank, break_even, 81, 10, 19, 162, 36)
+        )
 
     assert default_ranks(layer(128, 7)) == list(range(1, 129))
     for rank, break_even in ((129, 100), (270, 84), (1948, 2100), (5000, 4801)):
@@ -295,9 +300,9 @@ def test_rank_sweep_add_refuses_what_no_evaluation_gives(sweep, value):
     with pytest.raises(
         ValueError, match=r"accuracy is .*, expected a number from 0 to 1"
     ):
-        sweep.add({"fc": 1}, value, {})
+        sweep.add({"fc": 1}, value, 1.0, {})
     with pytest.raises(ValueError, match="relative error of layer 'fc' is inf"):
-        sweep.add({"fc": 1}, 0.5, {"fc": float("inf")})
+        sweep.add({"fc": 1}, 0.5, 1.0, {"fc": float("inf")})
     with pytest.raises(ValueError, match=r"ranks\['fc'\] is 4, expected 1 to 3"):
         sweep.point({"fc": 4})
     with pytest.raises(TypeError, match=r"ranks\['fc'\] is 1.5, expected an int"):
@@ -308,7 +313,7 @@ def test_rank_sweep_copy_grows_on_its_own(model, data):
     sweep = rank_sweep(model, data, ["fc"], [1], progress=False)
     other = sweep.copy()
     assert other == sweep
-    other.add({"fc": 2}, 0.25, {"fc": 0.5})
+    other.add({"fc": 2}, 0.25, 1.5, {"fc": 0.5})
     assert sweep.point({"fc": 2}).accuracy is None
     assert sweep.point({"fc": 2}).relative_error["fc"] is None
 
@@ -364,14 +369,20 @@ def _without(name):
         (lambda text: "", "not readable as JSON"),
         (lambda text: "[1, 2]", "has the format None, expected 'cpnb rank sweep'"),
         (_changed(format="cpnb run"), "has the format 'cpnb run', expected"),
-        (_changed(version=99), "has version 99 of the format, expected 1"),
+        (_changed(version=99), "has version 99 of the format, expected 2"),
         (_without("layers"), "damaged rank sweep: 'layers'"),
         (_changed(provenance=None), "damaged rank sweep: provenance is None, expected"),
         (_without("key"), "damaged rank sweep.*'key'"),
-        (_changed(accuracy=[[1, 1, 1, 7.0]]), "damaged rank sweep: accuracy is 7.0"),
-        (_changed(accuracy=[[1, 1, 0.5]]), "damaged rank sweep"),
-        (_changed(accuracy=[[1, 1, 9, 0.5]]), "damaged rank sweep: ranks.'fc'. is 9"),
-        (_changed(accuracy=[[1, 1, 1, "high"]]), "damaged rank sweep"),
+        (
+            _changed(measured=[[1, 1, 1, 7.0, 1.0]]),
+            "sweep: accuracy is 7.0",
+        ),
+        (_changed(measured=[[1, 1, 0.5, 1.0]]), "damaged rank sweep"),
+        (
+            _changed(measured=[[1, 1, 9, 0.5, 1.0]]),
+            "sweep: ranks.'fc'. is 9",
+        ),
+        (_changed(measured=[[1, 1, 1, "high", 1.0]]), "damaged rank sweep"),
         (_changed(errors=[[], []]), "damaged rank sweep"),
         (_changed(layers=[{"name": "fc"}]), "damaged rank sweep"),
         (_changed(surprise=1), "damaged rank sweep.*'surprise'"),

@@ -14,14 +14,16 @@ from cpnb._sweep.points import SweptLayer
 if TYPE_CHECKING:
     from cpnb._sweep.table import RankSweep
 
-FORMAT, VERSION = "cpnb rank sweep", 1
+FORMAT, VERSION = "cpnb rank sweep", 2
 _KINDS = {
     "other_parameters": int,
+    "other_flops": int,
     "key": str,
     "refit": bool,
     "fingerprint": str,
     "provenance": dict,
     "status": str,
+    "methods": dict,
 }
 AGAIN = "Make it again with rank_sweep(model, data).save(path)."
 
@@ -33,12 +35,12 @@ def sweep_content(sweep: RankSweep) -> dict[str, Any]:
         sweep: The table.
 
     Returns:
-        Its public fields; ``"accuracy"`` as rows of ranks and value, ``"errors"`` as
-        pairs of rank and error for each layer.
+        Its public fields; ``"measured"`` as rows of ranks, accuracy and loss,
+        ``"errors"`` as pairs of rank and error for each layer.
     """
     fields = {name: entry for name, entry in vars(sweep).items() if name[0] != "_"}
     fields["layers"] = [asdict(layer) for layer in sweep.layers]
-    fields["accuracy"] = [[*ranks, value] for ranks, value in sweep.points()]
+    fields["measured"] = [[*ranks, *found] for ranks, *found in sweep.points()]
     fields["errors"] = [sweep.errors(layer.name) for layer in sweep.layers]
     return fields
 
@@ -103,7 +105,7 @@ def _from_content(cls: type[RankSweep], content: dict[str, Any]) -> RankSweep:
     for name, kind in _KINDS.items():
         if not isinstance(content[name], kind):
             raise TypeError(f"{name} is {content[name]!r}, expected {kind.__name__}")
-    accuracy, errors = content.pop("accuracy"), content.pop("errors")
+    measured, errors = content.pop("measured"), content.pop("errors")
     layers = tuple(
         SweptLayer(**{**layer, "kernel_shape": tuple(layer["kernel_shape"])})
         for layer in content.pop("layers")
@@ -113,6 +115,6 @@ def _from_content(cls: type[RankSweep], content: dict[str, Any]) -> RankSweep:
     for layer, known in zip(layers, errors, strict=True):
         for rank, error in known:
             sweep.add_error(layer.name, rank, error)
-    for *ranks, value in accuracy:
-        sweep.add(dict(zip(sweep.ranks, ranks, strict=True)), value, {})
+    for *ranks, accuracy, loss in measured:
+        sweep.add(dict(zip(sweep.ranks, ranks, strict=True)), accuracy, loss, {})
     return sweep

@@ -13,7 +13,7 @@ GLOBAL = "*"
 
 @dataclass(frozen=True)
 class SweptLayer:
-    """What a sweep remembers of one CP layer; parameters are linear in the rank."""
+    """What a sweep remembers of one CP layer; all counts are linear in the rank."""
 
     name: str
     kind: str
@@ -24,6 +24,8 @@ class SweptLayer:
     dense_parameters: int
     fixed_parameters: int
     component_parameters: int
+    dense_flops: int
+    component_flops: int
 
     def __post_init__(self) -> None:
         """Refuse counts that no layer has, as a damaged file may hold them."""
@@ -38,6 +40,10 @@ class SweptLayer:
         """Parameters of the layer with ``rank`` components, bias included."""
         return self.fixed_parameters + rank * self.component_parameters
 
+    def flops_at(self, rank: int) -> int:
+        """FLOPs of the layer for one image, run as a chain of ``rank`` components."""
+        return rank * self.component_flops
+
 
 @dataclass(frozen=True)
 class RankPoint:
@@ -46,18 +52,24 @@ class RankPoint:
     Attributes:
         ranks: Components of every CP layer.
         accuracy: Share of images classified correctly, 0 to 1.
+        loss: Mean cross entropy in nats; None also where it is not finite.
         relative_error: ``‖W-Ŵ‖/‖W‖`` per layer, against its untruncated kernel.
         total_error: The same over all CP kernels together.
         parameters: Parameters of the whole network.
         dense_parameters: Parameters of the whole network with dense layers.
+        flops: FLOPs of the whole network for one image, CP layers run as chains.
+        dense_flops: FLOPs of the whole network with dense layers.
     """
 
     ranks: dict[str, int]
     accuracy: float | None
+    loss: float | None
     relative_error: dict[str, float | None]
     total_error: float | None
     parameters: int
     dense_parameters: int
+    flops: int
+    dense_flops: int
 
 
 def total_error(
@@ -102,20 +114,27 @@ def point_row(
     if axis == GLOBAL:
         error, keep = point.total_error, position
         parameters, dense = point.parameters, point.dense_parameters
+        flops, dense_flops = point.flops, point.dense_flops
     else:
         error, keep = point.relative_error[axis], rank / full
         parameters, dense = cut[0].parameters_at(rank), cut[0].dense_parameters
+        flops, dense_flops = cut[0].flops_at(rank), cut[0].dense_flops
     return {
         "layer": axis,
         "rank": rank,
         "keep": keep,
         "accuracy": point.accuracy,
+        "loss": point.loss,
         "relative_error": error,
         "parameters": parameters,
         "dense_parameters": dense,
+        "flops": flops,
+        "dense_flops": dense_flops,
         "full_rank": full,
         "break_even_rank": break_even,
         "relative_rank": rank / break_even,
         "network_parameters": point.parameters,
         "network_dense_parameters": point.dense_parameters,
+        "network_flops": point.flops,
+        "network_dense_flops": point.dense_flops,
     }

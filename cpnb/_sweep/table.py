@@ -10,24 +10,24 @@ from typing import Any
 
 from torch import nn
 
-from cpnb._checks import check_count
 from cpnb._sweep.files import read_sweep, sweep_content, write_sweep
 from cpnb._sweep.fingerprints import check_network
-from cpnb._sweep.points import GLOBAL, RankPoint, SweptLayer, point_row, total_error
-from cpnb.truncation import kept_rank
+from cpnb._sweep.network import SweptNetwork
+from cpnb._sweep.points import GLOBAL, RankPoint, point_row, total_error
 
 PERCENTS = tuple(percent / 100 for percent in range(1, 101))
 
 
 @dataclass
-class RankSweep:
-    """Accuracy, kernel error and size of a network at the ranks that were measured.
+class RankSweep(SweptNetwork):
+    """Accuracy, loss, kernel error, size and FLOPs of a network at measured ranks.
 
     Ranks without a measurement are gaps; nothing is interpolated.
 
     Attributes:
         layers: The CP layers in module order.
         other_parameters: Parameters outside the CP layers.
+        other_flops: FLOPs outside the CP layers, for one image.
         key: Importance that ordered the components.
         refit: Whether λ was re-solved after each cut.
         fingerprint: Hash of the network, see ``model_fingerprint``.
@@ -35,10 +35,9 @@ class RankSweep:
         axes: What was swept: layer names, and ``"*"`` for all layers at once.
         keeps: Fractions of the components on the ``"*"`` axis.
         status: ``"finished"`` or ``"interrupted"``.
+        methods: By axis, how it was measured: ``"together"``, or what else and why.
     """
 
-    layers: tuple[SweptLayer, ...]
-    other_parameters: int
     key: str
     refit: bool
     fingerprint: str
@@ -46,7 +45,10 @@ class RankSweep:
     axes: tuple[str, ...] = ()
     keeps: tuple[float, ...] = PERCENTS
     status: str = "finished"
-    _accuracy: dict[tuple[int, ...], float] = field(default_factory=dict, repr=False)
+    methods: dict[str, str] = field(default_factory=dict)
+    _measured: dict[tuple[int, ...], tuple[float, float | None]] = field(
+        default_factory=dict, repr=False
+    )
     _errors: dict[str, dict[int, float]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -56,7 +58,7 @@ class RankSweep:
 
     def __len__(self) -> int:
         """Number of measured points."""
-        return len(self._accuracy)
+        return len(self._measured)
 
     def __repr__(self) -> str:
         """One line: points, layers, key, images."""
@@ -67,32 +69,9 @@ class RankSweep:
             f"refit={self.refit}, images={images}, {self.status})"
         )
 
-    @property
-    def ranks(self) -> dict[str, int]:
-        """Rank of every CP layer of the untruncated network."""
-        return {layer.name: layer.rank for layer in self.layers}
-
-    @property
-    def dense_parameters(self) -> int:
-        """Parameters of the whole network with dense layers."""
-        dense = sum(layer.dense_parameters for layer in self.layers)
-        return dense + self.other_parameters
-
-    def layer(self, name: str) -> SweptLayer:
-        """The swept layer called ``name``."""
-        found = next((layer for layer in self.layers if layer.name == name), None)
-        if found is None:
-            names = ", ".join(map(repr, self.ranks))
-            raise ValueError(f"layer is {name!r}, expected one of {names}.")
-        return found
-
-    def ranks_at(self, keep: float) -> dict[str, int]:
-        """Ranks left when every layer keeps the fraction ``keep`` of its components."""
-        return {name: kept_rank(rank, keep) for name, rank in self.ranks.items()}
-
-    def points(self) -> list[tuple[tuple[int, ...], float]]:
-        """Every measured accuracy, with the ranks in the order of ``layers``."""
-        return list(self._accuracy.items())
+    def points(self) -> list[tuple[tuple[int, ...], float, float | None]]:
+        """Ranks in the order of ``layers``, accuracy and loss of all that is known."""
+        return [(ranks, *found) for ranks, found in self._measured.items()]
 
     def errors(self, name: str) -> list[tuple[int, float]]:
         """Known relative kernel errors of one layer, by ascending rank."""
@@ -101,18 +80,27 @@ class RankSweep:
     def copy(self) -> RankSweep:
         """A table with the same points that can grow on its own."""
         errors = {name: dict(known) for name, known in self._errors.items()}
-        provenance = dict(self.provenance)
-        accuracy = dict(self._accuracy)
-        return replace(self, provenance=provenance, _accuracy=accuracy, _errors=errors)
+        return replace(
+            self,
+            provenance=dict(self.provenance),
+            methods=dict(self.methods),
+            _measured=dict(self._measured),
+            _errors=errors,
+        )
 
     def add(
-        self, ranks: Mapping[str, int], accuracy: float, errors: Mapping[str, float]
+        self,
+        ranks: Mapping[str, int],
+        accuracy: float,
+        loss: float | None,
+        errors: Mapping[str, float],
     ) -> None:
         """Enter a measurement.
 
         Args:
             ranks: Components per layer; layers left out are at their full rank.
             accuracy: Share of images classified correctly, 0 to 1.
+            loss: Mean cross entropy; one that is not finite is kept as None.
             errors: Relative kernel error per layer at these ranks.
 
         Raises:
@@ -122,9 +110,12 @@ class RankSweep:
         key = self._key(ranks)
         if not 0 <= accuracy <= 1:
             raise ValueError(f"accuracy is {accuracy}, expected a number from 0 to 1.")
+        if loss is not None and loss < 0:
+            raise ValueError(f"loss is {loss}, expected a number from 0 upward.")
         for name, error in errors.items():
             self.add_error(name, ranks.get(name, self.layer(name).rank), error)
-        self._accuracy[key] = float(accuracy)
+        known = loss is not None and math.isfinite(loss)
+        self._measured[key] = float(accuracy), float(loss) if known else None
 
     def add_error(self, name: str, rank: int, error: float) -> None:
         """Enter the relative kernel error of one layer at one of its ranks."""
@@ -151,20 +142,18 @@ class RankSweep:
         key = self._key(ranks or {})
         at = dict(zip(self.ranks, key, strict=True))
         errors = {name: self._errors[name].get(rank) for name, rank in at.items()}
+        accuracy, loss = self._measured.get(key, (None, None))
         return RankPoint(
             ranks=at,
-            accuracy=self._accuracy.get(key),
+            accuracy=accuracy,
+            loss=loss,
             relative_error=errors,
             total_error=total_error(self.layers, errors),
             parameters=self.parameters(at),
             dense_parameters=self.dense_parameters,
+            flops=self.flops(at),
+            dense_flops=self.dense_flops,
         )
-
-    def parameters(self, ranks: Mapping[str, int]) -> int:
-        """Parameters of the whole network at ``ranks``; a layer left out is full."""
-        at = self.ranks | dict(ranks)
-        counts = (layer.parameters_at(at[layer.name]) for layer in self.layers)
-        return sum(counts) + self.other_parameters
 
     def curve(
         self, axis: str, ranks: Mapping[str, int] | None = None
@@ -184,27 +173,34 @@ class RankSweep:
         else:
             steps = range(1, self.layer(axis).rank + 1)
             candidates = [(rank, {**(ranks or {}), axis: rank}) for rank in steps]
-        known = (pair for pair in candidates if self._key(pair[1]) in self._accuracy)
+        known = (pair for pair in candidates if self._key(pair[1]) in self._measured)
         return [(position, self.point(at)) for position, at in known]
 
     def to_rows(self) -> list[dict[str, Any]]:
         """The swept axes as rows, one truncated network each, for a data frame or CSV.
 
-        A row with a layer name cuts this layer alone, and ``parameters`` and
-        ``dense_parameters`` are those of the layer. A row of layer ``"*"`` cuts every
-        CP layer to the fraction ``keep``: ``rank``, ``full_rank`` and
+        A row with a layer name cuts this layer alone, and ``parameters``, ``flops``
+        and their dense counterparts are those of the layer. A row of layer ``"*"`` cuts
+        every CP layer to the fraction ``keep``: ``rank``, ``full_rank`` and
         ``break_even_rank`` are sums over the layers, the error is over all kernels
-        together, and the parameters are those of the network. ``network_parameters``
-        and ``network_dense_parameters`` are the network's in every row.
+        together, and the counts are those of the network. What begins with
+        ``network_`` is the network's in every row. FLOPs are for one image, with CP
+        layers run as chains.
 
         Returns:
-            Dicts with the keys ``layer, rank, keep, accuracy, relative_error,
-            parameters, dense_parameters, full_rank, break_even_rank, relative_rank,
-            network_parameters, network_dense_parameters, key, refit``.
+            Dicts with the keys ``layer, rank, keep, accuracy, loss, relative_error,
+            parameters, dense_parameters, flops, dense_flops, full_rank,
+            break_even_rank, relative_rank, network_parameters,
+            network_dense_parameters, network_flops, network_dense_flops, key, refit,
+            method``; ``relative_rank`` is R/R_same, ``method`` as in ``methods``.
         """
         return [
             point_row(self.layers, axis, position, point)
-            | {"key": self.key, "refit": self.refit}
+            | {
+                "key": self.key,
+                "refit": self.refit,
+                "method": self.methods.get(axis),
+            }
             for axis in self.axes
             for position, point in self.curve(axis)
         ]
@@ -243,13 +239,3 @@ class RankSweep:
     def check_model(self, model: nn.Module) -> None:
         """Raise ValueError unless ``model`` is the network that was measured."""
         check_network(model, self.ranks, self.fingerprint)
-
-    def _key(self, ranks: Mapping[str, int]) -> tuple[int, ...]:
-        for name, rank in ranks.items():
-            full = self.layer(name).rank
-            if check_count(rank, f"ranks[{name!r}]") > full:
-                raise ValueError(
-                    f"ranks[{name!r}] is {rank}, expected 1 to {full}, the rank of the "
-                    "untruncated layer."
-                )
-        return tuple(ranks.get(layer.name, layer.rank) for layer in self.layers)

@@ -1,0 +1,131 @@
+"""How much a sweep computes at once: what fits the memory, and better the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+
+from torch import Tensor
+
+from cpnb._sweep.fan import ConvFan
+from cpnb._sweep.memory import MIB, peak_of
+from cpnb._sweep.shared import Ranks, SharedEvaluation, Sizes
+from cpnb.base import CPLayer
+
+GROUP = 64
+"""Most truncations that go through the layers after the cut together."""
+
+# A running sum that stays in the second-level cache, and tensors below the 32 MiB from
+# which the C library gives memory back and asks for it again on every call.
+_SUM, _TENSORS = 1 * MIB, 8 * MIB
+_GPU = 64  # times as much there, where a call costs more than the traffic
+
+
+def fitting(
+    run: Callable[[Tensor], object],
+    images: Tensor,
+    layers: Collection[CPLayer],
+    memory: int,
+    parts: int = 1,
+) -> int:
+    """Images that fit at once.
+
+    Args:
+        run: What they go through; measured with one and with two, with the CP layers
+            as chains and as dense layers, because they may change with the rank.
+        images: At least one.
+        layers: The CP layers on the way.
+        memory: Bytes that the tensors made on the way may take.
+        parts: Equal parts of the memory, of which this may take one.
+
+    Returns:
+        A number of images, at least 1.
+
+    Raises:
+        ValueError: If a single one takes more.
+    """
+    modes = [layer.forward_mode for layer in layers]
+    counts = []
+    for mode in ("chain", "dense"):
+        try:
+            for layer in layers:
+                layer.forward_mode = mode
+            one, two = (peak_of(lambda n=n: run(_first(images, n))) for n in (1, 2))
+        finally:
+            for layer, own in zip(layers, modes, strict=True):
+                layer.forward_mode = own
+        _check(parts * one, memory)
+        counts.append(1 + (memory // parts - one) // max(two - one, 1))
+    return min(counts)
+
+
+def fitting_sizes(
+    evaluation: SharedEvaluation,
+    points: Sequence[Ranks],
+    images: Tensor,
+    layers: Collection[CPLayer],
+    memory: int,
+    batch_size: int,
+) -> Sizes:
+    """How much to compute at once, half of the memory going to the shared part.
+
+    Args:
+        evaluation: What computes it.
+        points: The truncations.
+        images: At least one.
+        layers: The CP layers of the network.
+        memory: Bytes that the tensors made on the way may take.
+        batch_size: Most images to compute at once.
+
+    Returns:
+        The sizes.
+
+    Raises:
+        ValueError: If a single image at a single rank takes more.
+    """
+    segments = evaluation.segments(points)
+    keep, point = evaluation.kept(segments), points[-1]
+
+    def share(images: Tensor) -> dict:
+        values = evaluation.values(images)
+        evaluation.share(values, point, keep=keep)
+        return values
+
+    if evaluation.fan is None:
+        return Sizes(min(batch_size, fitting(share, images, layers, memory)), 1, 1)
+    chunk = min(batch_size, fitting(share, images, layers, memory, 2))
+    values = share(_first(images, 2))
+
+    def start(count: int) -> int:
+        return peak_of(lambda: evaluation.start(values, slice(count), [point]))
+
+    def finish(count: int) -> int:
+        rows, group = slice(1), [point] * count
+        return peak_of(lambda: evaluation.finish(values, rows, group))
+
+    # The larger first: `finish` needs the one image that `start` has taken last.
+    two, one = start(2), start(1)
+    image, once, twice = two - one, finish(1), finish(2)
+    row = max(twice - once, 1)
+    fixed = (one - image) + (once - row)
+    left = memory // 2 - max(fixed, 0)
+    _check(memory + 2 * (image + row - left), memory)
+    scale = _GPU if images.is_cuda else 1
+    if isinstance(evaluation.fan, ConvFan):
+        count = scale * _SUM // evaluation.fan.sum_bytes
+    else:
+        count = scale * _TENSORS // (row * min(GROUP, len(points)))
+    count = max(1, min(count, chunk, left // (image + row)))
+    group = min(scale * _TENSORS // row, (left - count * image) // row) // count
+    return Sizes(chunk, count, max(1, min(group, GROUP)))
+
+
+def _first(images: Tensor, count: int) -> Tensor:
+    return images[:1].expand(count, *images.shape[1:])
+
+
+def _check(needed: int, memory: int) -> None:
+    if needed > memory:
+        raise ValueError(
+            f"memory is {memory / MIB:.3g} MiB, expected at least "
+            f"{needed / MIB:.3g} MiB for one image."
+        )

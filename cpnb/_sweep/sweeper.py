@@ -1,0 +1,183 @@
+"""Measure many truncations of a network: together where possible, else one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cpnb._sweep.graph import CannotShare, NetworkGraph, Profile
+from cpnb._sweep.meter import Measurement, RankMeter
+from cpnb._sweep.points import GLOBAL
+from cpnb._sweep.route import Route, fan_route, global_route
+from cpnb._sweep.shared import Ranks, SharedEvaluation, Sizes
+from cpnb._sweep.sizes import fitting, fitting_sizes
+from cpnb.evaluation import check_scores, placement
+
+BAND = 64
+"""Truncations that are finished together: what Ctrl-C can cost."""
+
+_CHECKED = 8  # images on which sharing is compared with evaluating one by one
+
+
+class Sweeper:
+    """Measures the truncations along the axes of a sweep.
+
+    Args:
+        meter: Of the network.
+        memory: Bytes that activations may take at once.
+
+    Attributes:
+        methods: By axis, how it was measured: ``"together"``, or what else and why.
+
+    Raises:
+        ValueError: If ``memory`` is too small for a single image.
+    """
+
+    def __init__(self, meter: RankMeter, memory: int) -> None:
+        """Trace the network and see how much memory an image takes."""
+        self.methods: dict[str, str] = {}
+        self._meter, self._memory = meter, memory
+        self._device, _ = placement(meter.model, meter.images)
+        self._few = meter.images[:_CHECKED].to(self._device)
+        self._layers = {name: ranked.layer for name, ranked in meter.ranked.items()}
+        fits = fitting(meter.model, self._few, self._layers.values(), memory)
+        meter.batch_size = min(meter.batch_size, fits)
+        self._graph, self._reason = None, ""
+        with torch.no_grad():
+            try:
+                self._graph = NetworkGraph(meter.model)
+                self._profile = Profile(self._graph, self._few)
+            except CannotShare as error:
+                self._graph, self._reason = None, str(error)
+
+    def measure(
+        self, axis: str, points: Sequence[Ranks], advance: Callable[[int], object]
+    ) -> Iterator[tuple[Ranks, Measurement]]:
+        """Measure truncations along one axis.
+
+        Args:
+            axis: Name of a layer, or ``"*"``.
+            points: Components of every layer, ascending along the axis.
+            advance: Told how many evaluations of an image were done.
+
+        Yields:
+            The truncations, in order, and what was found.
+        """
+        evaluation = self._evaluation(axis, points)
+        if evaluation is None:
+            for point in points:
+                yield point, self._meter.measure(point)
+                advance(len(self._meter.images))
+            return
+        sizes = fitting_sizes(
+            *(evaluation, points, self._few, self._layers.values()),
+            *(self._memory, self._meter.batch_size),
+        )
+        for band in _bands(evaluation.segments(points)):
+            yield from self._measure_band(evaluation, band, sizes, advance)
+
+    @torch.no_grad()
+    def _measure_band(
+        self,
+        evaluation: SharedEvaluation,
+        band: Sequence[Sequence[Ranks]],
+        sizes: Sizes,
+        advance: Callable[[int], object],
+    ) -> list[tuple[Ranks, Measurement]]:
+        meter, largest = self._meter, int(self._meter.labels.max())
+        points = [point for segment in band for point in segment]
+        totals = {id(point): torch.zeros(2, dtype=torch.float64) for point in points}
+        pair = (meter.images, meter.labels)
+        for chunk in zip(*(part.split(sizes.chunk) for part in pair), strict=True):
+            images = chunk[0].to(self._device)
+            labels = chunk[1].to(self._device, torch.long)
+            for group, rows, scores in evaluation.scores(images, band, sizes):
+                target = labels[rows]
+                for one in scores:
+                    check_scores(one, len(target), largest)
+                for point, total in zip(group, _totals(scores, target), strict=True):
+                    totals[id(point)] += total
+                advance(len(group) * len(target))
+        means = [(totals[id(point)] / len(meter.images)).tolist() for point in points]
+        return [
+            (point, Measurement(*mean, meter.errors(point)))
+            for point, mean in zip(points, means, strict=True)
+        ]
+
+    def _evaluation(
+        self, axis: str, points: Sequence[Ranks]
+    ) -> SharedEvaluation | None:
+        """The fastest way that gives the right scores; None to go one by one."""
+        if self._graph is None:
+            self.methods[axis] = f"one by one: {self._reason}"
+            return None
+        try:
+            evaluation = SharedEvaluation(self._route(axis), self._meter.ranked)
+            if 2 * len(evaluation.segments(points)) > len(points) > 1:
+                raise CannotShare("other layers change with nearly every step")
+            self._check(evaluation, points)
+            self.methods[axis] = "together"
+        except CannotShare as error:
+            self.methods[axis] = f"one by one after what they share: {error}"
+        else:
+            return evaluation
+        try:
+            evaluation = SharedEvaluation(Route(self._graph), self._meter.ranked)
+            self._check(evaluation, points)
+        except CannotShare as error:
+            self.methods[axis] = f"one by one: {error}"
+            return None
+        return evaluation
+
+    def _route(self, axis: str) -> Route:
+        if axis == GLOBAL:
+            return global_route(self._graph, self._profile, self._layers)
+        return fan_route(self._graph, self._profile, self._layers, axis)
+
+    @torch.no_grad()
+    def _check(self, evaluation: SharedEvaluation, points: Sequence[Ranks]) -> None:
+        """Compare with evaluating one by one, on a few images."""
+        ends = [points[0], points[-1]]
+        expected = torch.stack(
+            [self._meter.truncated(point)(self._few) for point in ends]
+        )
+        segments, count = evaluation.segments(ends), len(self._few)
+        try:
+            # First one rank after the other, as it may change what they share.
+            found = [
+                torch.cat([s for *_, s in evaluation.scores(self._few, segments, size)])
+                for size in (Sizes(count, count, 1), Sizes(count, count, 2))
+            ]
+        except Exception as error:  # whatever a model does with several ranks at once
+            raise CannotShare(f"{type(error).__name__}: {error}") from error
+        scale = expected.abs().nan_to_num().max().item()
+        for scores in found:
+            if scores.shape != expected.shape or not torch.allclose(
+                scores, expected, rtol=1e-3, atol=1e-3 * scale, equal_nan=True
+            ):
+                raise CannotShare("ranks evaluated together have other scores")
+
+
+def _totals(scores: Tensor, target: Tensor) -> Tensor:
+    """Right answers and cross entropy, summed over images. Shape ``(ranks, 2)``."""
+    correct = (scores.argmax(2) == target).sum(1)
+    losses = F.cross_entropy(
+        scores.double().flatten(0, 1), target.repeat(len(scores)), reduction="none"
+    )
+    return torch.stack([correct, losses.view(len(scores), -1).sum(1)], 1).cpu()
+
+
+def _bands(segments: Sequence[Sequence[Ranks]]) -> Iterator[list[Sequence[Ranks]]]:
+    """Segments, cut where they are long, in bands of about BAND truncations."""
+    band: list[Sequence[Ranks]] = []
+    for segment in segments:
+        for first in range(0, len(segment), BAND):
+            band.append(segment[first : first + BAND])
+            if sum(map(len, band)) >= BAND:
+                yield band
+                band = []
+    if band:
+        yield band
