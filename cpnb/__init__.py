@@ -82,6 +82,7 @@ _LAZY = {
         import_module("cpnb._explorer.degeneracy").DegeneracyExplorer
     ),
     "RankExplorer": lambda: import_module("cpnb.widgets").RankExplorer,
+    "ScaleExplorer": lambda: import_module("cpnb._explorer.scale").ScaleExplorer,
     "plots": lambda: import_module("cpnb.plots"),
 }
 
@@ -126,6 +127,7 @@ __all__ = [
     "Rescaling",
     "RescalingReport",
     "Run",
+    "ScaleExplorer",
     "SignalReport",
     "Spectrum",
     "SpectrumReport",
