@@ -16,6 +16,8 @@ from torch.optim.lr_scheduler import (
     OneCycleLR,
 )
 
+from cpnb.decay import param_groups
+
 OPTIMIZERS = ("adam", "sgd", "rmsprop")
 SCHEDULES = (None, "cosine", "step", "one-cycle")
 
@@ -95,11 +97,11 @@ def build_optimizer(
         return made
     groups = []
     for tensors, lr in shares:
-        if capturable:
-            lr = torch.tensor(lr, device=next(iter(tensors.values())).device)
         for names, decay in decays:
             params = [tensors[name] for name in names]
-            groups.append({"params": params, "lr": lr, "weight_decay": decay})
+            # As a tensor it can change without a new capture.
+            rate = torch.tensor(lr, device=params[0].device) if capturable else lr
+            groups.append({"params": params, "lr": rate, "weight_decay": decay})
     if name == "sgd":
         # Only the fused step reads a rate on the device without waiting for it.
         return SGD(groups, momentum=momentum, fused=capturable or None)
@@ -108,9 +110,14 @@ def build_optimizer(
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[Decay]:
-    """Names of the parameters to train, with the weight decay of each."""
-    names = [name for name, p in model.named_parameters() if p.requires_grad]
-    return [(names, weight_decay)]
+    """Names of the parameters to train, with their decay; see `cpnb.param_groups`."""
+    names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+    if not weight_decay:
+        return [(list(names.values()), 0.0)]  # one group instead of two is faster
+    return [
+        ([names[id(p)] for p in group["params"]], group["weight_decay"])
+        for group in param_groups(model, weight_decay)
+    ]
 
 
 def build_schedule(

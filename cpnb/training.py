@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from cpnb._data.splits import Split
 from cpnb._training.batches import Pair, training_source
 from cpnb._training.loop import Training
 from cpnb._training.members import check_members, choose_way
@@ -24,7 +25,7 @@ def fit(
     model: nn.Module | Sequence[nn.Module],
     data: Any,
     *,
-    validation: Pair | None = None,
+    validation: Split | Pair | None = None,
     epochs: int = 30,
     batch_size: int = 32,
     optimizer: str | MakeOptimizer = "adam",
@@ -51,10 +52,10 @@ def fit(
     needs a smaller learning rate than a dense one: the gradient of σ and of each λ
     gathers the whole kernel.
 
-    The same arguments, threads and device give the same weights: the seed decides the
-    order of the images, their augmentation and the dropout, whose draws are the same on
-    every device. Global random states are put back afterwards, and so is every
-    submodule's ``training`` flag.
+    The same arguments, threads and device give the same weights, on a GPU up to the
+    order of its sums: the seed decides the order of the images, their augmentation and
+    the dropout, whose draws are the same on every device. Global random states are put
+    back afterwards, and so is every submodule's ``training`` flag.
 
     Ctrl-C, or a loss that is not finite, ends the training. The model then keeps the
     weights of the last step, and the history holds the completed epochs. With a
@@ -70,10 +71,10 @@ def fit(
         model: Maps images ``(n, ...)`` to scores ``(n, classes)``. Trained on the
             device and in the dtype it has; parameters without ``requires_grad`` stay.
             Or a list of such modules.
-        data: A data set, or a pair ``(images, labels)`` to train on. The test split
-            is never read.
-        validation: Pair to evaluate after each epoch, instead of the data set's
-            validation split.
+        data: A data set, or a split or a pair ``(images, labels)`` to train on. The
+            test split is never read.
+        validation: Split or pair to evaluate after each epoch, instead of the data
+            set's validation split.
         epochs: Passes over the training images.
         batch_size: Images per step; the last batch of an epoch may be smaller, and
             takes in a single image left over, which batch norm could not do with.
@@ -82,7 +83,8 @@ def fit(
             ``momentum`` and ``weight_decay``.
         lr: Learning rate; for a list of modules also one for each.
         momentum: Momentum of ``"sgd"``; the other optimizers have none.
-        weight_decay: Weight decay.
+        weight_decay: Decay of kernels and directions, not of biases and scales; see
+            :func:`cpnb.param_groups`.
         schedule: ``"cosine"`` anneals the learning rate to 0; ``"step"`` divides it by
             ten after a half and again after three quarters of the steps;
             ``"one-cycle"`` lets it rise to ``lr`` over the first 30 % and fall to
@@ -98,7 +100,7 @@ def fit(
         channels_last: Store the colours of an image innermost, which convolution and
             pooling run faster on, unless the network fails on it, as one that calls
             ``view`` does.
-        compile: Run the network through `torch.compile`; pays on a GPU, after a wait.
+        compile: Run the network through `torch.compile`, which takes a while at first.
         cuda_graph: Capture the step in a CUDA graph and replay it; needs a CUDA device,
             no hooks and an optimizer by name.
         vectorise: Whether several networks train in one graph. None does so on a GPU
@@ -138,10 +140,10 @@ def fit(
         callback=callback,
     )
     chosen = [check_optimizer(optimizer, r, momentum, weight_decay) for r in rates]
-    source = training_source(models[0], data, validation, channels_last, augment)
+    source = training_source(models, data, validation, channels_last, augment)
     all_hooks = [[*model_hooks(member), *settings.hooks] for member in models]
     settings.check_device(source.labels.device, any(all_hooks))
-    way = {}
+    where, way = provenance(source.labels.device), {}
     if len(models) > 1:
         way = choose_way(vectorise, models, seeds, source, settings, any(all_hooks))
     runs = [
@@ -161,7 +163,7 @@ def fit(
                 "channels_last": source.channels_last,
                 **way,
             },
-            provenance=provenance(source.labels.device),
+            provenance=dict(where),
         )
         for n, member in enumerate(models)
     ]

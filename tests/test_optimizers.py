@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from cpnb.hooks import Hook
+from cpnb.optimizers import SCHEDULES, build_optimizer, build_schedule
 from cpnb.training import fit
 
 PAIR = (
@@ -76,3 +77,28 @@ def test_schedule_of_a_single_step_trains(schedule):
     )
     assert len(rates.seen) == 1
     assert 0 < rates.seen[0] <= 0.02
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_optimizer_to_be_captured_takes_the_same_steps(schedule):
+    """Its rates are tensors; of the three only SGD has such a step on a CPU."""
+    found = []
+    for capturable in (False, True):
+        shares = [
+            ({"weight": torch.ones(3), "bias": torch.ones(2)}, rate)
+            for rate in (0.1, 0.03)
+        ]
+        decays = [(["weight"], 0.02), (["bias"], 0.0)]
+        optimizer = build_optimizer("sgd", shares, decays, 0.9, capturable=capturable)
+        steps = build_schedule(schedule, optimizer, 10)
+        tensors = [tensor for share, _ in shares for tensor in share.values()]
+        for step in range(10):
+            for tensor in tensors:
+                tensor.grad = torch.arange(float(len(tensor))) * step + tensor
+            optimizer.step()
+            if steps is not None:
+                steps.step()
+        rates = [group["lr"] for group in optimizer.param_groups]
+        assert all(torch.is_tensor(rate) == capturable for rate in rates)
+        found.append([*tensors, torch.tensor(list(map(float, rates)))])
+    torch.testing.assert_close(*found)

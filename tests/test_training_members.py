@@ -115,6 +115,16 @@ def test_one_graph_equals_one_network_after_the_other(options, dropout, mode):
     assert not torch.allclose(together[0][10].bias, together[1][10].bias)
 
 
+def test_one_graph_trains_networks_with_parametrizations():
+    together = [network(seed) for seed in range(2)]
+    for model in together:
+        parametrizations.weight_norm(model[4])
+        parametrizations.orthogonal(model[10])
+    apart = copy.deepcopy(together)
+    runs = train(together, vectorise=True)
+    assert_same(together, apart, runs, train(apart, vectorise=False))
+
+
 def test_one_graph_records_and_evaluates_each_network():
     models, seen = [network(seed).eval() for seed in range(2)], []
     models[1][1].train()

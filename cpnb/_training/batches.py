@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -84,13 +85,13 @@ def batch_slices(count: int, batch_size: int) -> list[slice]:
 
 
 def training_source(
-    model: nn.Module,
+    models: Sequence[nn.Module],
     data: Any,
     validation: Any,
     channels_last: bool,
     augment: Augment | None,
 ) -> Source:
-    """Put everything where the model is, in a layout it takes; check that it fits."""
+    """Put everything where the models are, in a layout they take; check it fits."""
     given = split_or_pair(data, "train")
     if augment is not None:
         images, _ = given
@@ -99,9 +100,10 @@ def training_source(
         validation = data.validation
     held_out = None if validation is None else split_or_pair(validation)
     for layout in (True, False) if channels_last else (False,):
-        source = _place(model, given, held_out, layout, augment)
+        source = _place(models[0], given, held_out, layout, augment)
         try:
-            _check_fit(model, source)
+            for model in models:
+                _check_fit(model, source)
         except RuntimeError:
             if not layout:
                 raise

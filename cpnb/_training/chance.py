@@ -67,7 +67,7 @@ class Chance:
         """Go on from there."""
         for name, generators in (("order", self._order), ("noise", self._noise)):
             for generator, kept in zip(generators, state[name], strict=True):
-                generator.set_state(kept)
-        torch.set_rng_state(state["torch"])
+                generator.set_state(kept.cpu())
+        torch.set_rng_state(state["torch"].cpu())
         if self._device.type == "cuda" and "cuda" in state:
-            torch.cuda.set_rng_state(state["cuda"], self._device)
+            torch.cuda.set_rng_state(state["cuda"].cpu(), self._device)

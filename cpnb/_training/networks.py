@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any
@@ -108,7 +109,10 @@ class Stacked(Networks):
         self._forward = torch.vmap(self._one, randomness="error")
 
     def __call__(self, images: Tensor, keys: Tensor) -> Tensor:
-        return self._forward(self._parameters, self._buffers, keys, images)
+        with warnings.catch_warnings():
+            # Weight norm's kernel is run for one network after the other, and said so.
+            warnings.filterwarnings("ignore", "There is a performance drop")
+            return self._forward(self._parameters, self._buffers, keys, images)
 
     def _one(
         self,
