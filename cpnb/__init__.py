@@ -58,6 +58,7 @@ from cpnb.linear import CPLinear
 from cpnb.lowrank import LowRankConv2d, LowRankLinear
 from cpnb.models import AlexNet, DigitsNet, LeNet
 from cpnb.nested import NestedRank
+from cpnb.normalizers import NORMALIZERS, Normalizer, normalize, remove_normalizer
 from cpnb.nuclear import FactorNorms, factor_norms
 from cpnb.proximal import ProximalL1, nonzero_ranks
 from cpnb.ranks import break_even_rank, resolve_rank
@@ -88,6 +89,7 @@ _LAZY = {
 
 __all__ = [
     "INITIALIZERS",
+    "NORMALIZERS",
     "VGG",
     "AlexNet",
     "Augment",
@@ -118,6 +120,7 @@ __all__ = [
     "LowRankConv2d",
     "LowRankLinear",
     "NestedRank",
+    "Normalizer",
     "ParameterRatio",
     "ProximalL1",
     "RankExplorer",
@@ -171,12 +174,14 @@ __all__ = [
     "load_weights",
     "loss_slice",
     "nonzero_ranks",
+    "normalize",
     "normalize_columns",
     "param_groups",
     "plots",
     "power_method",
     "rank_sweep",
     "relative_error",
+    "remove_normalizer",
     "rescale_",
     "resolve_rank",
     "save_model",

@@ -205,11 +205,16 @@ class CPLayer(nn.Module):
 
     def _folded(self) -> tuple[Tensor, list[Tensor]]:
         """σλ over all column norms, and the stored factors; active components only."""
+        lam, factors = self._unscaled()
+        return lam * self.scale, factors
+
+    def _unscaled(self) -> tuple[Tensor, list[Tensor]]:
+        """The same without σ."""
         lam, factors = self.lam, list(self.factors)
         if self.active_rank is not None:
             kept = slice(self.active_rank)
             lam, factors = lam[kept], [factor[:, kept] for factor in factors]
-        return fold_norms(self._signed_lam(lam) * self.scale, factors), factors
+        return fold_norms(self._signed_lam(lam), factors), factors
 
     def _rebuild(self, channels_last: bool) -> Tensor:
         return build_kernel(*self._folded(), self.kernel_shape, channels_last)

@@ -187,7 +187,11 @@ def skip_rule(model: nn.Module, skip: Skip) -> Callable[[str, nn.Module], bool]:
         )
     names = {skip} if isinstance(skip, str) else set(skip)
     modules = model.named_modules(remove_duplicate=False)
-    known = {name for name, layer in modules if is_weighted(layer)}
+    known = {
+        name
+        for name, layer in modules
+        if is_weighted(layer) or isinstance(layer, CPLayer)
+    }
     if names - known:
         raise ValueError(
             f"skip names {sorted(names - known)}, expected some of {sorted(known)}."
@@ -196,7 +200,7 @@ def skip_rule(model: nn.Module, skip: Skip) -> Callable[[str, nn.Module], bool]:
 
 
 def refuse_tied(model: nn.Module, names: Iterable[str]) -> None:
-    """Refuse to convert layers that share a parameter with another one."""
+    """Refuse to change layers that share a parameter with another one."""
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
@@ -206,7 +210,7 @@ def refuse_tied(model: nn.Module, names: Iterable[str]) -> None:
             if len(shared) > 1:
                 raise ValueError(
                     f"layer {name!r} shares a parameter: {' and '.join(shared)} are "
-                    "the same tensor, which CP layers of their own would untie. "
+                    "the same tensor, which layers of their own would untie. "
                     "Pass the layers in skip, or untie them first."
                 )
 

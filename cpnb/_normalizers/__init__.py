@@ -1,0 +1,1 @@
+"""The normalizers behind `cpnb.normalize`, one family per file."""
