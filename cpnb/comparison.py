@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cpnb._compare.cells import DataSource, Task
+from cpnb._compare.cells import DataSource, Task, forget
 from cpnb._compare.plan import bundles, planned, record_path, resumed
 from cpnb._compare.record import Record
 from cpnb._compare.running import run_tasks
@@ -125,9 +125,10 @@ def compare(
     values from each of the fresh ``seeds``. Only these networks meet the test split,
     once each, after their training.
 
-    With ``results`` every finished training (a *cell*) is written at once. The same
-    call goes on where it was stopped, and a finished cell is never run twice; more
-    seeds or values may be asked for later.
+    With ``results`` every finished training (a *cell*) is written at once, and the
+    state of an unfinished one after each epoch. The same call goes on where it was
+    stopped, and a finished cell is never run twice; more seeds or values may be asked
+    for later.
 
     Args:
         recipes: What to compare.
@@ -144,7 +145,7 @@ def compare(
         device: Device to train on.
         together: How many networks of a recipe one call of `cpnb.fit` trains at most;
             one on a CPU and any number elsewhere if None.
-        limit: Seconds after which no further cell is started.
+        limit: Seconds after which no cell is started and none goes on after its epoch.
         note: Facts to keep with the provenance of each cell, such as a remark on the
             data.
         progress: Show a progress bar over the cells.
@@ -168,12 +169,13 @@ def compare(
         record.add(found["cells"])
         if folder is not None:
             record.save(record_path(folder, record.name))
+            forget(task)
 
     device, deadline = str(device), time.time() + limit
     at_once = together or (1 if device.startswith("cpu") else None)
     for phase in ("tune", "test"):
         tasks = [
-            Task(recipe, cells, data, device, deadline, dict(note or {}))
+            Task(recipe, cells, data, device, deadline, dict(note or {}), folder)
             for recipe in recipes
             for cells in bundles(records[recipe.name].missing(phase), at_once)
         ]

@@ -5,18 +5,19 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cpnb._compare.describe import describe
+from cpnb.data import Dataset
 from cpnb.hooks import Hook
 from cpnb.models import AlexNet, DigitsNet, LeNet
+from cpnb.normalizers import NORMALIZERS, normalize
 from cpnb.resnet import VGG, ResNet
-from cpnb.surgery import canonicalize
 from cpnb.training import fit
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
@@ -29,10 +30,9 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
 }
 """Networks by name; each is called with ``num_classes`` and ``generator``."""
 
-_NORMALIZERS = ("none", "canonical")
-
 # A network's random numbers and the order of the images come from different seeds.
 _START_SEED_OFFSET = 1_000_000
+_START_IMAGES = 256
 _SET_BY_COMPARE = {"model", "data", "seed", "seeds", "hooks", "progress", "callback"}
 
 
@@ -46,9 +46,10 @@ class Recipe:
     Attributes:
         name: Its name in tables, figures and files: letters, digits and ``+-_.``.
         network: A name in `NETWORKS`, or a function ``(generator) -> network``.
-        normalizer: ``"none"``, ``"canonical"`` (`cpnb.canonicalize`), or a function
+        normalizer: A key of `cpnb.NORMALIZERS`, or a function
             ``(network, **options) -> network``.
-        options: Keyword arguments of the normalizer.
+        options: Keyword arguments of the normalizer. One that takes a ``generator`` or
+            ``data``, a batch of images, is given these.
         hooks: Functions without arguments, each of which makes a `cpnb.hooks.Hook` for
             one training; `functools.partial` gives them arguments.
         settings: Keyword arguments of `cpnb.fit`.
@@ -84,10 +85,10 @@ class Recipe:
                 f"network is {self.network!r}, expected one of "
                 f"{', '.join(map(repr, NETWORKS))} or a function of a generator."
             )
-        if isinstance(self.normalizer, str) and self.normalizer not in _NORMALIZERS:
+        if isinstance(self.normalizer, str) and self.normalizer not in NORMALIZERS:
             raise ValueError(
                 f"normalizer is {self.normalizer!r}, expected one of "
-                f"{', '.join(map(repr, _NORMALIZERS))} or a function of a network."
+                f"{', '.join(map(repr, NORMALIZERS))} or a function of a network."
             )
         known = inspect.signature(fit).parameters.keys() - _SET_BY_COMPARE
         if unknown := self.settings.keys() - known:
@@ -104,28 +105,35 @@ class Recipe:
             for name in self.__dataclass_fields__
         }
 
-    def build(self, num_classes: int, seed: int, device: str = "cpu") -> nn.Module:
+    def build(self, data: Dataset, seed: int) -> nn.Module:
         """Make the network of one seed.
 
         Args:
-            num_classes: Number of classes, for a network given by name.
+            data: Says the number of classes and the device. A start that depends on
+                images gets the first training images.
             seed: Seed of everything random in the start.
-            device: Where the network is to be, and is normalised.
 
         Returns:
             The normalised network.
         """
         generator = torch.Generator().manual_seed(seed + _START_SEED_OFFSET)
         if isinstance(self.network, str):
-            made = NETWORKS[self.network](num_classes=num_classes, generator=generator)
+            classes = len(data.classes)
+            made = NETWORKS[self.network](num_classes=classes, generator=generator)
         else:
             made = self.network(generator)
-        made = made.to(device)
+        made = made.to(data.train.images.device)
         if callable(self.normalizer):
-            return self.normalizer(made, **self.options)
-        if self.normalizer == "canonical":
-            return canonicalize(made, generator=generator, **self.options)
-        return made
+            make, known = self.normalizer, inspect.signature(self.normalizer).parameters
+        else:
+            make = partial(normalize, name=self.normalizer)
+            known = NORMALIZERS[self.normalizer].options
+        options = dict(self.options)
+        if "generator" in known:
+            options["generator"] = generator
+        if "data" in known:
+            options["data"] = _first_images(data)
+        return make(made, **options)
 
     def __repr__(self) -> str:
         """Name, network and normalizer, then the settings."""
@@ -139,3 +147,8 @@ class Recipe:
         if said["settings"]:
             text += f"; {', '.join(words(said['settings']))}"
         return f"Recipe({text})"
+
+
+def _first_images(data: Dataset) -> Tensor:
+    images, labels = (part[:_START_IMAGES] for part in data.train)
+    return replace(data.train, images=images, labels=labels).standardized()

@@ -79,7 +79,7 @@ def test_compare_tunes_then_tests_fresh_seeds_at_the_best_rate(folder):
 def test_compare_is_the_training_that_fit_does(folder):
     record = Comparison.load(folder).records["canonical"]
     cell, data = record.tested[1], SMALL()
-    network = RECIPES[1].build(10, 1)
+    network = RECIPES[1].build(data, 1)
     before = cpnb.evaluate(network, data)["loss"]
     run = cpnb.fit(network, data, **SETTINGS, lr=cell["lr"], seed=1, progress=False)
     assert cell["start_validation_loss"] == round(before, 5)
@@ -96,10 +96,10 @@ def test_compare_reads_the_test_split_once_per_network_after_its_training(monkey
         seen.append((id(network), len(trained), data))
         return accuracy(network, data, **options)
 
-    def note(network, data, **options):
-        run = fit(network, data, **options)
-        trained.append(id(network))
-        return run
+    def note(networks, data, **options):
+        runs = fit(networks, data, **options)
+        trained.extend(map(id, networks))
+        return runs
 
     monkeypatch.setattr(cells_module, "accuracy", spy)
     monkeypatch.setattr(cells_module, "fit", note)
@@ -126,6 +126,36 @@ def test_compare_tunes_the_weight_decay_too():
     record = found.records["none"]
     assert {cell["weight_decay"] for cell in record.cells} == {0.0, 10.0}
     assert record.best == (1e-3, 0.0), "a decay of 10 leaves nothing"
+
+
+def test_compare_gives_the_same_when_networks_train_together(folder, tmp_path):
+    calls = []
+    fit = cells_module.fit
+
+    def note(networks, data, **options):
+        calls.append(len(networks))
+        return fit(networks, data, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cells_module, "fit", note)
+        found = compare(RECIPES, SMALL, **PLAN, results=tmp_path, together=8)
+    # For each recipe two rates at once, then two seeds at once.
+    assert calls == [2, 2, 2, 2]
+    assert without_times(found) == without_times(Comparison.load(folder))
+    assert len(list(tmp_path.iterdir())) == 2, "nothing unfinished is left"
+
+
+def test_compare_records_which_networks_trained_in_one_graph():
+    settings = {**SETTINGS, "epochs": 1, "vectorise": True}
+    recipe = replace(RECIPES[0], settings=settings)
+    alone = replace(RECIPES[0], settings={**SETTINGS, "epochs": 1})
+    plan = {"seeds": [0, 1], "progress": False}
+    found = compare([recipe], SMALL, **plan, together=2).records["none"]
+    expected = compare([alone], SMALL, **plan).records["none"]
+    assert [cell["together"] for cell in found.cells] == [2, 2]
+    assert [cell["together"] for cell in expected.cells] == [1, 1]
+    for cell, other in zip(found.cells, expected.cells, strict=True):
+        assert cell["train_loss"] == pytest.approx(other["train_loss"], abs=1e-4)
 
 
 def test_compare_measures_more_where_a_recipe_asks():
@@ -228,6 +258,31 @@ def test_compare_starts_nothing_after_its_limit(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_compare_goes_on_within_a_cell_that_ran_out_of_time(tmp_path, monkeypatch):
+    recipe = replace(RECIPES[1], settings={**SETTINGS, "epochs": 3})
+    plan = {"seeds": [0], "progress": False}
+    whole = compare([recipe], SMALL, **plan)
+    clock, epochs, stop_in_time = 0.0, [], cells_module._stop_in_time
+
+    def one_second(task, epoch, *rest):
+        nonlocal clock
+        clock += 1
+        epochs.append(epoch)
+        stop_in_time(task, epoch, *rest)
+
+    monkeypatch.setattr(cells_module, "_stop_in_time", one_second)
+    monkeypatch.setattr(cells_module.time, "time", lambda: clock)
+    stopped = compare([recipe], SMALL, **plan, results=tmp_path, limit=2)
+    assert stopped.records["canonical"].cells == []
+    found = compare([recipe], SMALL, **plan, results=tmp_path, limit=2)
+    # The epoch in which the time ran out is not kept; the last one is worth finishing.
+    assert epochs == [1, 2, 2, 3]
+    assert without_times(found) == without_times(whole)
+    (cell,) = found.records["canonical"].cells
+    assert cell["provenance"]["resumed_after"] == [1]
+    assert [path.name for path in tmp_path.iterdir()] == ["canonical.json"]
+
+
 def test_compare_takes_more_seeds_and_values_later(folder, tmp_path, monkeypatch):
     for path in folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
@@ -309,9 +364,9 @@ def test_train_hands_an_interrupt_on(monkeypatch):
     fit = cells_module.fit
 
     def interrupted(*arguments, **options):
-        run = fit(*arguments, **options)
-        run.status = "interrupted"
-        return run
+        runs = fit(*arguments, **options)
+        runs[0].status = "interrupted"
+        return runs
 
     monkeypatch.setattr(cells_module, "fit", interrupted)
     with pytest.raises(KeyboardInterrupt):

@@ -17,7 +17,7 @@ def record(name, tests, *, epochs=3, status="finished"):
         {
             **Cell("test", 0.01, 0.0, seed)._asdict(),
             "status": status,
-            "together": 2,
+            "together": 1,
             "train_loss": [1 - value + 0.01 * seed for value in course],
             "train_accuracy": course,
             "validation_loss": [1 - value for value in course],
@@ -56,7 +56,7 @@ def test_explorer_shows_all_methods_of_the_first_comparison(explorer):
     assert bytes(explorer.image.value).startswith(b"\x89PNG")
     words = explorer.status.value
     assert 'role="status"' in words
-    assert "weight: test accuracy 96.00% ± 1.41 (n = 2), rate 0.01, 6.0 s" in words
+    assert "weight: test accuracy 96.00% ± 1.41 (n = 2), rate 0.01, 12.0 s" in words
     assert words.index("weight:") < words.index("none:") < words.index("own:")
 
 
@@ -108,12 +108,11 @@ def test_figure_keeps_the_look_of_a_method_whatever_else_is_chosen():
     assert looks("other").items() <= everything.items()
 
 
-def test_figure_draws_seconds_per_network():
+def test_figure_draws_against_seconds():
     painter = CurveFigure()
     painter.png(comparison(none=(0.5, 0.5)), ["none"], "train_loss", "seconds")
     (line,) = painter.figure.axes[0].get_lines()
-    # Two networks together took four seconds an epoch.
-    assert line.get_xdata().tolist() == [2, 4, 6]
+    assert line.get_xdata().tolist() == [4, 8, 12]
 
 
 def test_explorer_shows_an_error_in_its_status(explorer, monkeypatch):
@@ -175,5 +174,5 @@ def test_result_lines_count_what_diverged():
     shown = comparison(none=(0.5, 0.7))
     shown.records["none"].cells[1]["status"] = "diverged"
     assert result_lines(shown, ["none"]) == [
-        "none: test accuracy 50.00% (n = 1), rate 0.01, 6.0 s of training, 1 diverged."
+        "none: test accuracy 50.00% (n = 1), rate 0.01, 12.0 s of training, 1 diverged."
     ]

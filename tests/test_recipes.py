@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -9,9 +10,8 @@ import torch
 from torch import nn
 
 import cpnb
-from cpnb import ParameterRatio, Recipe
+from cpnb import Hook, ParameterRatio, Recipe
 from cpnb._compare.describe import describe
-from cpnb.hooks import Hook
 from cpnb.recipes import NETWORKS
 
 
@@ -24,6 +24,8 @@ def measured(network, data, seed):
     """Something to measure."""
     return {"seed": seed}
 
+
+DIGITS = cpnb.load_data()
 
 EVERYTHING = Recipe(
     "all-of_it+1.0",
@@ -80,7 +82,7 @@ def test_recipe_refuses_what_would_fail_after_the_first_training(changes, messag
 
 def test_recipe_builds_the_same_network_from_the_same_seed():
     recipe = Recipe("x", "DigitsNet", "canonical", {"rank": 2, "init": "power"})
-    first, again, other = (recipe.build(10, seed) for seed in (0, 0, 1))
+    first, again, other = (recipe.build(DIGITS, seed) for seed in (0, 0, 1))
     assert first.state_dict().keys() == again.state_dict().keys()
     for name, tensor in first.state_dict().items():
         assert tensor.equal(again.state_dict()[name])
@@ -90,9 +92,29 @@ def test_recipe_builds_the_same_network_from_the_same_seed():
 
 def test_recipe_leaves_torchs_generator_alone():
     state = torch.get_rng_state()
-    for normalizer in ("none", "canonical"):
-        Recipe("x", "DigitsNet", normalizer).build(10, 0)
+    for normalizer in cpnb.NORMALIZERS:
+        Recipe("x", "DigitsNet", normalizer).build(DIGITS, 0)
     assert torch.get_rng_state().equal(state)
+
+
+@pytest.mark.parametrize("name", cpnb.NORMALIZERS)
+def test_recipe_builds_every_normalizer_from_its_seed(name):
+    recipe = Recipe("x", "DigitsNet", name)
+    first, again, other = (recipe.build(DIGITS, seed) for seed in (0, 0, 1))
+    images = DIGITS.test.standardized()[:4]
+    with torch.no_grad():
+        scores = [net.eval()(images) for net in (first, again, other)]
+    torch.testing.assert_close(scores[0], scores[1], rtol=0, atol=0)
+    assert not scores[0].equal(scores[2])
+
+
+def test_recipe_starts_from_the_first_training_images():
+    network = Recipe("x", "DigitsNet", "weight_data_init").build(DIGITS, 0)
+    batch = DIGITS.train.standardized()[:256]
+    with torch.no_grad():
+        hidden = network.eval().conv1(batch).transpose(0, 1).flatten(1)
+    torch.testing.assert_close(hidden.mean(1), torch.zeros(16), atol=1e-5, rtol=0)
+    torch.testing.assert_close(hidden.std(1), torch.ones(16), atol=1e-3, rtol=0)
 
 
 def test_recipe_takes_a_normalizer_of_the_readers_own():
@@ -101,12 +123,24 @@ def test_recipe_takes_a_normalizer_of_the_readers_own():
             parameter.data.mul_(by)
         return network
 
-    plain = Recipe("x", "DigitsNet").build(10, 0)
-    own = Recipe("x", "DigitsNet", halved, {"by": 0.5}).build(10, 0)
+    plain = Recipe("x", "DigitsNet").build(DIGITS, 0)
+    own = Recipe("x", "DigitsNet", halved, {"by": 0.5}).build(DIGITS, 0)
     torch.testing.assert_close(own.conv1.weight, plain.conv1.weight / 2)
+
+
+def test_recipe_gives_a_generator_to_a_normalizer_that_takes_one():
+    def noisy(network, generator):
+        with torch.no_grad():
+            network.fc2.bias.normal_(generator=generator)
+        return network
+
+    recipe = Recipe("x", "DigitsNet", noisy)
+    first, again, other = (recipe.build(DIGITS, seed).fc2.bias for seed in (0, 0, 1))
+    assert first.equal(again) and not first.equal(other)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_recipe_builds_every_network_with_the_wanted_classes(name):
-    network = Recipe("x", name).build(7, 0)
+    data = replace(DIGITS, classes=tuple("abcdefg"))
+    network = Recipe("x", name).build(data, 0)
     assert list(network.parameters())[-1].shape == (7,)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import isfinite
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -16,7 +20,7 @@ from cpnb._compare.record import Cell
 from cpnb.data import Dataset
 from cpnb.evaluation import accuracy, evaluate
 from cpnb.recipes import Recipe
-from cpnb.records import MEASURES, Run, provenance
+from cpnb.records import MEASURES, Run
 from cpnb.training import fit
 
 DIGITS = 5  # after the point, in a record
@@ -36,8 +40,9 @@ class Task:
         cells: Which of its cells: together if there are several.
         data: The data set, or a function that loads it.
         device: Where to train.
-        deadline: Time after which nothing is started, as `time.time` counts it.
+        deadline: Time after which nothing goes on, as `time.time` counts it.
         note: Facts to keep with the provenance.
+        folder: Where to keep the state of an unfinished training; nowhere if None.
     """
 
     recipe: Recipe
@@ -46,6 +51,16 @@ class Task:
     device: str
     deadline: float
     note: Mapping[str, str]
+    folder: Path | None = None
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """File of the unfinished training, of a name that no other task has."""
+        if self.folder is None:
+            return None
+        words = [self.recipe.name, *(str(part) for cell in self.cells for part in cell)]
+        digest = hashlib.sha256(" ".join(words).encode()).hexdigest()[:16]
+        return self.folder / "unfinished" / f"{self.recipe.name}-{digest}.pt"
 
 
 _loaded: dict[str, Dataset] = {}
@@ -76,45 +91,76 @@ def train(task: Task) -> dict[str, Any] | None:
     if time.time() >= task.deadline:
         return None
     data = _load(task.data).to(task.device)
-    recipe, cells = task.recipe, task.cells
     begin = time.perf_counter()
-    models = [recipe.build(len(data.classes), cell.seed, task.device) for cell in cells]
-    start_seconds = (time.perf_counter() - begin) / len(cells)
+    models = [task.recipe.build(data, cell.seed) for cell in task.cells]
+    start_seconds = (time.perf_counter() - begin) / len(task.cells)
     batch_size = _BATCH.get(task.device, 1000)
     before = [
         evaluate(model, data.validation, batch_size=batch_size)["loss"]
         for model in models
     ]
-    runs = [
-        fit(
-            model,
-            data,
-            **{**recipe.settings, "lr": cell.lr, "weight_decay": cell.weight_decay},
-            seed=cell.seed,
-            hooks=[make() for make in recipe.hooks],
-            progress=False,
-        )
-        for model, cell in zip(models, cells, strict=True)
-    ]
+    runs = _fit(task, models, data)
     if any(run.status == "interrupted" for run in runs):
+        if time.time() >= task.deadline:
+            return None
         raise KeyboardInterrupt
-    where = provenance(task.device) | dict(task.note)
-    splits = (data.train, data.validation, data.test)
-    about = {"holds": repr(data), "images": [len(labels) for _, labels in splits]}
     entries = [
         {
             **cell._asdict(),
             "status": run.status,
-            "together": len(cells),
+            "together": len(runs) if _is_vectorised(run) else 1,
             "start_seconds": round(start_seconds, DIGITS),
             "start_validation_loss": round(loss, DIGITS) if isfinite(loss) else None,
             **_curves(run),
             **_tested(task, model, data, cell, run),
-            "provenance": where,
+            "provenance": run.provenance | dict(task.note),
         }
-        for cell, model, loss, run in zip(cells, models, before, runs, strict=True)
+        for cell, model, loss, run in zip(task.cells, models, before, runs, strict=True)
     ]
+    splits = (data.train, data.validation, data.test)
+    about = {"holds": repr(data), "images": [len(labels) for _, labels in splits]}
     return {"data": about, "cells": entries}
+
+
+def _fit(task: Task, models: list[nn.Module], data: Dataset) -> list[Run]:
+    """Train the models, from where an earlier call stopped."""
+    if task.checkpoint is not None:
+        task.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    chosen = {
+        "lr": [cell.lr for cell in task.cells],
+        "weight_decay": task.cells[0].weight_decay,
+    }
+    return fit(
+        models,
+        data,
+        **{**task.recipe.settings, **chosen},
+        seeds=[cell.seed for cell in task.cells],
+        hooks=[make() for make in task.recipe.hooks],
+        checkpoint=task.checkpoint,
+        callback=partial(_stop_in_time, task),
+        progress=False,
+    )
+
+
+def _stop_in_time(task: Task, epoch: int, *_: Any) -> None:
+    """End a training as Ctrl-C does, once its time is over, unless it ends anyway."""
+    if time.time() >= task.deadline and epoch != task.recipe.settings.get("epochs"):
+        raise KeyboardInterrupt
+
+
+def forget(task: Task) -> None:
+    """Remove the state of a training that has ended and is recorded."""
+    if (path := task.checkpoint) is None:
+        return
+    # Networks that train one after the other have a file each.
+    for file in (path, *path.parent.glob(f"{path.stem}-*")):
+        file.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # others are unfinished
+        path.parent.rmdir()
+
+
+def _is_vectorised(run: Run) -> bool:
+    return run.recipe.get("members") == "vectorised"
 
 
 def _curves(run: Run) -> dict[str, list[float]]:

@@ -107,7 +107,7 @@ class Record:
         return [cell for cell in wanted if cell not in done]
 
     def runs(self) -> list[Run]:
-        """The tested cells as runs to draw; their seconds are those per network."""
+        """The tested cells as runs to draw."""
         return [_run(self.name, cell) for cell in self.tested]
 
     def add(self, cells: list[dict[str, Any]]) -> None:
@@ -158,13 +158,12 @@ def key(cell: dict[str, Any]) -> Cell:
 
 
 def _run(name: str, cell: dict[str, Any]) -> Run:
-    seconds = [value / cell["together"] for value in cell["seconds"]]
-    courses = ({**cell, "seconds": seconds}[measure] for measure in MEASURES)
+    courses = zip(*(cell[measure] for measure in MEASURES), strict=True)
     return Run(
         status=cell["status"],
         history=[
             {"epoch": epoch, **dict(zip(MEASURES, values, strict=True))}
-            for epoch, values in enumerate(zip(*courses, strict=True), start=1)
+            for epoch, values in enumerate(courses, start=1)
         ],
         recipe={"recipe": name, **key(cell)._asdict()},
         provenance=cell["provenance"],

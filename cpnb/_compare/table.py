@@ -18,7 +18,11 @@ def row(record: Record) -> dict[str, Any]:
     good = [cell for cell in cells if cell["status"] == "finished"]
     scores = [cell["validation_accuracy"] for cell in good]
     seconds = [sum(cell["seconds"]) for cell in good]
-    passes = [record.data["images"][0] * len(cell["seconds"]) for cell in good]
+    # Networks that train together share the seconds, so that this is summed over them.
+    speeds = [
+        record.data["images"][0] * len(cell["seconds"]) / spent
+        for cell, spent in zip(good, seconds, strict=True)
+    ]
     return {
         "recipe": record.name,
         **dict(zip(TUNED, record.best or (None, None), strict=True)),
@@ -27,15 +31,8 @@ def row(record: Record) -> dict[str, Any]:
         "test": spread([cell["test_accuracy"] for cell in good]),
         "validation": spread([course[-1] for course in scores]),
         "best_epoch": _mean([course.index(max(course)) + 1 for course in scores]),
-        "seconds": _mean(
-            [s / cell["together"] for s, cell in zip(seconds, good, strict=True)]
-        ),
-        "images_per_second": _mean(
-            [
-                cell["together"] * count / s
-                for s, count, cell in zip(seconds, passes, good, strict=True)
-            ]
-        ),
+        "seconds": _mean(seconds),
+        "images_per_second": _mean(speeds),
     }
 
 
