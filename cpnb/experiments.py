@@ -53,7 +53,7 @@ def run_experiment(
         folder: Folder of all records; this experiment's are in the one of its name.
         device: Device to train on; the one that the experiment is made for if None.
         executor: As in `cpnb.compare`.
-        limit: Seconds after which no further cell is started.
+        limit: As in `cpnb.compare`.
         remark: Kept with the cells: what a reader should know, as of the data.
 
     Returns:
@@ -69,7 +69,6 @@ def run_experiment(
         executor=executor,
         results=folder / experiment.name,
         device=device or experiment.device,
-        together=experiment.together,
         limit=limit,
         note=note | ({"remark": remark} if remark else {}),
     )
@@ -147,7 +146,7 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         default=math.inf,
         metavar="M",
-        help="start no further cell after so many minutes",
+        help="stop after so many minutes, at the end of an epoch",
     )
     run.add_argument("--note", default="", help="a remark to keep, such as on the data")
     status = commands.add_parser("status", help="what exists, what is outstanding")

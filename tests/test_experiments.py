@@ -10,6 +10,7 @@ import cpnb
 from cpnb import experiments
 from cpnb._compare.describe import describe
 from cpnb._compare.record import Record
+from cpnb.data import Dataset, Split
 from cpnb.experiments import (
     EXPERIMENTS,
     RESULTS,
@@ -60,19 +61,33 @@ def test_experiment_is_called_what_it_is_found_by(name):
     describe(experiment.data)
 
 
+@pytest.fixture(scope="module")
+def grey():
+    """A few grey images of MNIST's size."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (40, 1, 28, 28), generator=generator, dtype=torch.uint8)
+    split = Split(pixels, torch.arange(40) % 10, (127.5,), (73.9,))
+    classes = tuple("0123456789")
+    return Dataset("grey", split, split, split, classes, licence="none", seed=0)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "recipe",
     {
-        (recipe.network, recipe.name): recipe
+        recipe.name: recipe
         for experiment in EXPERIMENTS.values()
         for recipe in experiment.recipes
         if recipe.network == "LeNet"
     }.values(),
-    ids=lambda recipe: f"{recipe.network}-{recipe.name}",
+    ids=lambda recipe: recipe.name,
 )
-def test_recipes_of_experiments_can_be_built(recipe):
-    network = recipe.build(10, 0)
-    assert network(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
+def test_recipes_of_experiments_train_a_step(recipe, grey):
+    settings = {**recipe.settings, "epochs": 1, "batch_size": 40}
+    recipe = replace(recipe, settings=settings, measure=None)
+    found = cpnb.compare([recipe], grey, seeds=[0], progress=False)
+    (cell,) = found.records[recipe.name].cells
+    assert cell["start_validation_loss"] < 10
 
 
 def test_unified_small_has_the_variance_of_torchs_default():

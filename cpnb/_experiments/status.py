@@ -37,10 +37,7 @@ def _status(experiment: Experiment, found: Comparison) -> list[str]:
     cells = [cell for record in records for cell in record.cells]
     places = [cell["provenance"] for cell in cells]
     dates = sorted(place["date"][:10] for place in places)
-    minutes = sum(
-        cell["start_seconds"] + sum(cell["seconds"]) / cell["together"]
-        for cell in cells
-    )
+    minutes = sum(cell["start_seconds"] + sum(cell["seconds"]) for cell in cells) / 60
 
     def all_of(*names: str) -> str:
         said = {" ".join(str(place[name]) for name in names) for place in places}
@@ -59,7 +56,7 @@ def _status(experiment: Experiment, found: Comparison) -> list[str]:
     state = f"**outstanding**: {', '.join(missing)}" if missing else "complete"
     remarks = sorted({place["remark"] for place in places if "remark" in place})
     lines = [
-        f"- {state}; {len(cells)} cells, {minutes / 60:.0f} minutes of training in all",
+        f"- {state}; {len(cells)} cells, {minutes:.0f} minutes of training in all",
         f"- made {dates[0]} to {dates[-1]} on {all_of('device', 'machine')}, "
         f"{all_of('threads')} thread(s) per cell",
         f"- cpnb {versions[0]}, torch {versions[1]}, Python {versions[2]}; "
