@@ -61,7 +61,6 @@ from cpnb.nested import NestedRank
 from cpnb.normalizers import NORMALIZERS, Normalizer, normalize, remove_normalizer
 from cpnb.nuclear import FactorNorms, factor_norms
 from cpnb.proximal import ProximalL1, nonzero_ranks
-from cpnb.normalizers import NORMALIZERS, Normalizer, normalize, remove_normalizer
 from cpnb.ranks import break_even_rank, resolve_rank
 from cpnb.recipes import Recipe
 from cpnb.report import TruncationReport, truncation_report
