@@ -107,6 +107,15 @@ def test_batch_statistics_are_those_of_training(batch):
     assert recorded != pytest.approx(report.layers["5"].activation)
 
 
+def test_batch_statistics_take_in_an_image_left_over(batch):
+    images, labels = batch[0].flatten(1), batch[1]
+    net = nn.Sequential(nn.Linear(50, 3), nn.BatchNorm1d(3)).double()
+    found = signal_report(net, (images, labels), batch_statistics=True, chunk_size=3)
+    assert found.layers["0"].activation == pytest.approx(
+        net[0](images).var(correction=0).item()
+    )
+
+
 def test_report_says_nan_where_nothing_passes(batch):
     class Idle(nn.Module):
         def __init__(self):

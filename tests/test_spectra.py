@@ -49,6 +49,8 @@ LAYERS = {
     "conv2d": nn.Conv2d(3, 4, 3),
     "conv3d": nn.Conv3d(2, 3, 2),
     "weight norm": parametrizations.weight_norm(nn.Linear(5, 7)),
+    "low-rank conv2d": cpnb.LowRankConv2d(3, 4, 3, rank=5),
+    "low-rank linear": cpnb.LowRankLinear(5, 7, rank=5),
     "cp linear": cpnb.CPLinear(5, 7, rank=9),
     "cp conv1d": cpnb.CPConv1d(3, 4, 3, rank=9),
     "cp conv2d": cpnb.CPConv2d(3, 4, 3, rank=20),

@@ -80,7 +80,8 @@ def read_chunks(model: nn.Module, data: Any, chunk_size: int) -> Chunks:
     Args:
         model: Its scores of the first image are checked.
         data: A data set, of which the training split is used, or a pair.
-        chunk_size: Images per chunk.
+        chunk_size: Images per chunk. A single image left over goes with the chunk before
+            it, as batch statistics need two.
 
     Returns:
         Pairs of images, shape ``(n, ...)``, and labels, shape ``(n,)``.
@@ -91,7 +92,8 @@ def read_chunks(model: nn.Module, data: Any, chunk_size: int) -> Chunks:
     images, labels = pair
     with evaluation_mode(model), torch.no_grad():
         check_scores(model(images[:1]), 1, int(labels.max()))
-    return list(zip(images.split(size), labels.split(size), strict=True))
+    cuts = list(range(size, len(labels) - 1, size))
+    return list(zip(images.tensor_split(cuts), labels.tensor_split(cuts), strict=True))
 
 
 def summed_loss(scores: Tensor, labels: Tensor) -> Tensor:
