@@ -80,8 +80,8 @@ def read_chunks(model: nn.Module, data: Any, chunk_size: int) -> Chunks:
     Args:
         model: Its scores of the first image are checked.
         data: A data set, of which the training split is used, or a pair.
-        chunk_size: Images per chunk. A single image left over goes with the chunk before
-            it, as batch statistics need two.
+        chunk_size: Images per chunk. A single image left over goes with the chunk
+            before it, as batch statistics need two.
 
     Returns:
         Pairs of images, shape ``(n, ...)``, and labels, shape ``(n,)``.
