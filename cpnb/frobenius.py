@@ -1,5 +1,6 @@
 """Frobenius decay: shrink the kernel that the factors stand for, not the factors."""
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -56,6 +57,10 @@ class FrobeniusDecay(Hook):
     Args:
         mu: Strength μ; None takes over the optimizer's weight decay, and so turns a
             recipe with weight decay into one with Frobenius decay.
+        scale: Whether the σ of CP layers takes part. Decay takes as much from σ² as
+            from λᵀλ, which is many times larger at the start, so that σ shrinks first.
+            Before a batch norm nothing brings it back, and it vanishes: there pass
+            False, which leaves it without any decay.
 
     Raises:
         TypeError: If ``mu`` is no number.
@@ -67,9 +72,10 @@ class FrobeniusDecay(Hook):
     FrobeniusDecay(mu=0.0001)
     """
 
-    def __init__(self, mu: float | None = None) -> None:
-        """Keep the strength."""
+    def __init__(self, mu: float | None = None, *, scale: bool = True) -> None:
+        """Keep the settings."""
         self.mu = None if mu is None else check_strength(mu, "mu")
+        self.scale = scale
 
     def start(self, model: nn.Module, optimizer: Optimizer) -> None:
         """Check that there is something to decay, and an optimizer it works with."""
@@ -95,7 +101,8 @@ class FrobeniusDecay(Hook):
             for parameter, gradient in frobenius_gradients(layer):
                 if parameter.grad is None:
                     continue
-                parameter.grad.add_(gradient, alpha=mu)
+                if self.scale or parameter is not getattr(layer, "scale", None):
+                    parameter.grad.add_(gradient, alpha=mu)
                 if decay := own.get(parameter, 0):
                     parameter.grad.sub_(parameter, alpha=decay)
 
@@ -112,8 +119,9 @@ class FrobeniusDecay(Hook):
         return found.pop()
 
     def __repr__(self) -> str:
-        """With the strength."""
-        return f"FrobeniusDecay(mu={self.mu})"
+        """With the settings that differ from the defaults, and the strength."""
+        scale = "" if self.scale else ", scale=False"
+        return f"FrobeniusDecay(mu={self.mu}{scale})"
 
 
 def squared_norm(layer: FactorizedLayer) -> Tensor:
@@ -148,17 +156,20 @@ def frobenius_gradients(layer: FactorizedLayer) -> list[tuple[Tensor, Tensor]]:
 def _cp_gradients(layer: CPLayer) -> list[tuple[Tensor, Tensor]]:
     """Gradients of ``½ σ² λᵀΓλ``; those of the factors through the unit columns."""
     lam, units = layer.components()  # λ here is σλ, or σ|λ|
-    gram = component_gram(units) if units else lam.new_ones(len(lam), len(lam))
+    grams = [unit.T @ unit for unit in units]
+    gram = math.prod(grams, start=lam.new_ones(len(lam), len(lam)))
     pull = gram @ lam
     sign = 1 if layer.signed else layer.lam.sign()
-    unscaled = layer.lam * sign
-    found = [(layer.scale, unscaled @ pull), (layer.lam, layer.scale * sign * pull)]
+    found = [(layer.scale, layer.lam * sign @ pull)]
+    found.append((layer.lam, layer.scale * sign * pull))
+    if not units:
+        return found
+    inverses = inverse_norms(layer.factors)
     for n, (factor, unit) in enumerate(zip(layer.factors, units, strict=True)):
-        others = [*units[:n], *units[n + 1 :]]
-        rest = component_gram(others) if others else torch.ones_like(gram)
-        toward = unit @ (lam[:, None] * rest * lam)  # gradient by the unit column
-        across = toward - unit * (lam * pull)  # less what only changes its length
-        found.append((factor, across * inverse_norms([factor])[0]))
+        others = math.prod([*grams[:n], *grams[n + 1 :]], start=lam[:, None] * lam)
+        # The gradient by the unit column, less what would only change its length.
+        across = unit @ others - unit * (lam * pull)
+        found.append((factor, across * inverses[n]))
     return found
 
 
