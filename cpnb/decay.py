@@ -10,6 +10,7 @@ from torch import nn
 
 from cpnb._checks import check_module
 from cpnb.base import CPLayer
+from cpnb.lowrank_base import LowRankLayer
 
 _NORMS = (
     nn.modules.batchnorm._NormBase,  # batch and instance norm
@@ -19,7 +20,9 @@ _NORMS = (
 )
 
 
-def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def param_groups(
+    model: nn.Module, weight_decay: float, *, factors: bool = True
+) -> list[dict[str, Any]]:
     """Split the parameters of a model into those with and those without weight decay.
 
     Decay goes to dense kernels, and to what only gives a direction: the v of weight
@@ -34,6 +37,8 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     Args:
         model: Any module.
         weight_decay: Of the first group, at least 0.
+        factors: Whether the matrices of low-rank layers and the columns of CP layers
+            decay; not when `cpnb.frobenius_decay` takes the place of their decay.
 
     Returns:
         Groups for a torch optimizer, ``{"params": [...], "weight_decay": ...}``: first
@@ -53,7 +58,9 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
         raise TypeError(f"weight_decay is {weight_decay!r}, expected a number >= 0.")
     if not 0 <= weight_decay < math.inf:
         raise ValueError(f"weight_decay is {weight_decay}, expected a number >= 0.")
-    spared = {id(p) for module in model.modules() for p in _without_decay(module)}
+    spared = {
+        id(p) for module in model.modules() for p in _without_decay(module, factors)
+    }
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {
@@ -65,9 +72,12 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     return [group for group in groups if group["params"]]
 
 
-def _without_decay(module: nn.Module) -> Iterator[nn.Parameter]:
-    scales = {"scale", "lam"} if isinstance(module, CPLayer) else set()
-    spared = {*getattr(module, "no_decay", ()), *scales}
+def _without_decay(module: nn.Module, factors: bool) -> Iterator[nn.Parameter]:
+    spared = {*getattr(module, "no_decay", ())}
+    if isinstance(module, CPLayer):
+        spared |= {"scale", "lam"} if factors else {"scale", "lam", "factors"}
+    if isinstance(module, LowRankLayer) and not factors:
+        spared |= {"left", "middle", "right"}
     for name, parameter in module.named_parameters():
         first, own = name.split(".")[0], "." not in name
         if first in spared or (own and ("bias" in name or isinstance(module, _NORMS))):

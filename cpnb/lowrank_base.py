@@ -39,8 +39,6 @@ class LowRankLayer(nn.Module):
 
     _stock: type[nn.Module]  # the torch layer this one stands for
     groups = 1
-    # For `cpnb.param_groups`: the product is to decay, see `cpnb.FrobeniusDecay`.
-    no_decay = ("left", "middle", "right")
 
     def _build(
         self,

@@ -7,12 +7,12 @@ from torch import nn
 import cpnb
 
 
-def decaying(model):
+def decaying(model, **options):
     """Names of the parameters with decay; checks that every other one has none."""
     names = {id(p): name for name, p in model.named_parameters()}
     decay = {
         names[id(p)]: group["weight_decay"]
-        for group in cpnb.param_groups(model, 0.1)
+        for group in cpnb.param_groups(model, 0.1, **options)
         for p in group["params"]
     }
     assert sorted(decay) == sorted(names.values())
@@ -33,6 +33,17 @@ def test_param_groups_spare_biases_and_norm_layers():
 def test_param_groups_spare_the_scales_of_cp_layers_but_not_their_factors():
     model = nn.Sequential(cpnb.CPConv2d(3, 4, 3, rank=2))
     assert decaying(model) == {f"0.factors.{n}" for n in range(4)}
+
+
+def test_param_groups_spare_factors_on_request():
+    model = nn.Sequential(
+        *(nn.Linear(4, 4), cpnb.LowRankLinear(4, 4, rank=2, middle=True)),
+        cpnb.CPLinear(4, 4, rank=2),
+    )
+    matrices = {f"1.{name}" for name in ("left", "middle", "right")}
+    columns = {"2.factors.0", "2.factors.1"}
+    assert decaying(model) == {"0.weight"} | matrices | columns
+    assert decaying(model, factors=False) == {"0.weight"}
 
 
 def test_param_groups_follow_what_a_module_declares():

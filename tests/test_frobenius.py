@@ -1,5 +1,7 @@
 """Frobenius decay: the gradient of the dense penalty, and no other decay beside it."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -154,7 +156,7 @@ def test_hook_trains_as_the_loss_term_with_decay_on_the_rest_alone(optimizer, mu
 
 def test_hook_takes_over_the_decay_of_param_groups():
     model = net()
-    groups = cpnb.param_groups(model, 0.2)
+    groups = cpnb.param_groups(model, 0.2, factors=False)
     optimizer = torch.optim.SGD(groups, lr=1.0)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -164,6 +166,44 @@ def test_hook_takes_over_the_decay_of_param_groups():
     expected = dense_gradients(model.fc1, 0.2)
     assert_close(model.fc1.left.grad, expected["left"])
     assert_close(model.fc1.right.grad, expected["right"])
+
+
+def test_hook_spares_the_scale_of_cp_layers_on_request():
+    layer = shaken(LAYERS["CP conv"])
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, weight_decay=0.2)
+    found = []
+    for hook in (FrobeniusDecay(), FrobeniusDecay(scale=False)):
+        for parameter in layer.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        hook.before_step(layer, optimizer, 0)
+        found.append({name: p.grad for name, p in layer.named_parameters()})
+    # What is left is the own decay that was taken off, in advance.
+    assert_close(found[1].pop("scale"), -0.2 * layer.scale.detach())
+    assert found[0].pop("scale").abs() > 0
+    assert_close(found[0], found[1])
+
+
+def test_hook_lets_sigma_vanish_before_a_batch_norm_unless_spared():
+    net = nn.Sequential(
+        *(cpnb.CPConv2d(1, 16, 3, rank=8), nn.BatchNorm2d(16), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10)),
+    )
+    scales = []
+    for spared in (False, True):
+        model = copy.deepcopy(net)
+        cpnb.fit(
+            *(model, cpnb.load_data("digits")),
+            epochs=1,
+            optimizer="sgd",
+            lr=0.1,
+            weight_decay=1e-3,
+            schedule=None,
+            hooks=[FrobeniusDecay(scale=not spared)],
+            progress=False,
+        )
+        scales.append(model[0].scale.item())
+    assert scales[0] < 0.8
+    assert scales[1] == pytest.approx(1, abs=1e-3)
 
 
 def test_hook_in_fit_shrinks_kernels_and_spares_frozen_parameters():
@@ -191,7 +231,7 @@ def test_hook_leaves_dense_layers_alone():
 
 def test_hook_says_its_strength():
     assert repr(FrobeniusDecay(1e-4)) == "FrobeniusDecay(mu=0.0001)"
-    assert repr(FrobeniusDecay()) == "FrobeniusDecay(mu=None)"
+    assert repr(FrobeniusDecay(scale=False)) == "FrobeniusDecay(mu=None, scale=False)"
 
 
 def start(hook, model, optimizer=torch.optim.SGD, **options):
@@ -230,5 +270,5 @@ def test_frobenius_decay_refuses_bad_input_with_a_clear_error(call, error, text)
 
 def test_hook_takes_an_optimizer_with_decoupled_decay_that_spares_the_factors():
     model = net()
-    groups = cpnb.param_groups(model, 0.1)
+    groups = cpnb.param_groups(model, 0.1, factors=False)
     FrobeniusDecay(0.1).start(model, torch.optim.AdamW(groups, lr=0.1))
