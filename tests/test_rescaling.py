@@ -743,6 +743,29 @@ def test_hook_rescales_every_so_many_steps_of_a_training():
     assert spreads[1000] > 0.1
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "rmsprop"])
+@pytest.mark.parametrize("form", ["dense", "cp"])
+def test_normalized_by_scaling_a_model_trains_with_every_optimizer(form, optimizer):
+    model = cpnb.DigitsNet(num_classes=2)
+    if form == "cp":
+        model = cpnb.canonicalize(model, rank=4)
+    images = images_for((1, 8, 8), n=40, dtype=torch.float32)
+    scaled = cpnb.normalize(model, "scaling", c=1.5)
+    assert change(model, scaled, images) <= 1e-5
+    data = (images, (images.mean((1, 2, 3)) > 0).long())
+    cpnb.fit(
+        *(scaled, data),
+        epochs=2,
+        optimizer=optimizer,
+        lr=1e-3,
+        progress=False,
+    )
+    for name in ("conv1", "conv2", "fc1"):
+        norms = scaled.get_submodule(name).weight.detach().flatten(1).norm(dim=1)
+        assert_close(norms, torch.full_like(norms, 1.5))
+    assert change(model, scaled, images) > 1e-3
+
+
 def test_hook_leaves_a_diverged_model_to_the_training():
     model = mlp(3, 4, 2)
     hook, optimizer = Rescaling(), torch.optim.SGD(model.parameters(), 0.1)

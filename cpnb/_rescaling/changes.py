@@ -41,9 +41,8 @@ class Change:
 class CanonicalChange(Change):
     """The change of a CP layer, whose first parameter is λ.
 
-    The growth of a column, which λ takes, depends on the column: the change is linear
-    in each parameter but not in all of them together, and a gradient is turned by the
-    derivative of the change at this very point.
+    The growth of a column, which λ takes from it, depends on the column. So the change
+    is not linear, and gradients are turned by its derivative at this very point.
 
     Attributes:
         count: How many factors change; they come after λ.
