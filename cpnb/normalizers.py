@@ -18,6 +18,7 @@ from cpnb._normalizers.table import NORMALIZERS, Normalizer
 from cpnb.base import CPLayer
 from cpnb.conversion import is_weighted
 from cpnb.hooks import model_hooks
+from cpnb.rescaling import Rescaling
 from cpnb.surgery import Skip, replace_layers
 
 __all__ = ["NORMALIZERS", "Normalizer", "normalize", "remove_normalizer"]
@@ -29,9 +30,9 @@ def normalize(
     """Copy a model with its convolution and linear layers normalised.
 
     Acts on `nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d` and `nn.Linear`; another convolution
-    or linear layer has to be skipped. Of the CP layers, which are parametrised already,
-    ``"conditioned"``, the norm layers, ``"scaling"`` and ``"canonical"`` know what to
-    do; for the other names they are refused.
+    or linear layer has to be skipped. CP layers, which are parametrised already, are
+    taken by the norm layers, ``"conditioned"``, ``"scaling"`` and ``"canonical"``,
+    low-rank layers by the norm layers and ``"scaling"``; other names refuse them.
 
     ``"batch"``, ``"group"`` and ``"layer"`` put a norm layer behind every layer, with
     ``output=True`` also behind the last one in the order of the modules; linear layers
@@ -49,10 +50,12 @@ def normalize(
       through the network in evaluation mode, ``generator``.
     - ``"spectral"``: ``n_power_iterations=1``, ``eps``, ``generator``.
     - ``"orthogonal"``: ``gain="learnable"``; ``orthogonal_map``: None takes the Q of
-      the QR decomposition; ``"householder"``, ``"cayley"``, ``"matrix_exp"`` are
-      torch's, which cost ``(fan_in)³``; ``generator`` for torch's.
+      the QR decomposition, at the cost of a few matrix products; ``"householder"``,
+      ``"cayley"`` and ``"matrix_exp"`` are torch's, slow where one side is long;
+      ``generator`` for torch's.
     - ``"standardized"``: ``gain=None`` for standard deviations of 1, which want a norm
-      layer behind them; a gain divides by √fan_in, too, and does without.
+      layer behind them: put that in first. A gain divides by √fan_in, too, and does
+      without. ``output=False`` leaves the last layer alone.
     - ``"oni"``: ``iterations=5``, at most 7, ``gain=√2``.
     - ``"conditioned"``: ``mode="row"``, ``"column"`` or ``"row-column"``, per group;
       ``detach=False``; ``gain=√2``. In a CP layer σ is the gain, and a column, in a
@@ -139,8 +142,6 @@ def remove_normalizer(model: nn.Module, *, keep_cp: bool = False) -> nn.Module:
             layers[name] = _without_parametrizations(layer)
     new = replace_layers(model, layers)
     if model_hooks(new):
-        from cpnb.rescaling import Rescaling
-
         kept = [hook for hook in model_hooks(new) if not isinstance(hook, Rescaling)]
         new.training_hooks = kept
     return new

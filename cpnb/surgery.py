@@ -190,7 +190,7 @@ def skip_rule(model: nn.Module, skip: Skip) -> Callable[[str, nn.Module], bool]:
     known = {
         name
         for name, layer in modules
-        if is_weighted(layer) or isinstance(layer, CPLayer)
+        if is_weighted(layer) or isinstance(layer, CPLayer | LowRankLayer)
     }
     if names - known:
         raise ValueError(

@@ -296,8 +296,9 @@ def spec_norm(outputs, name, group_size=1):
         (nn.Conv3d(2, 6, 2), (5, 2, 3, 3, 3)),
         (cpnb.CPConv2d(2, 6, 2), (5, 2, 3, 4)),
         (cpnb.CPLinear(4, 6), (5, 4)),
+        (cpnb.LowRankConv2d(2, 6, 2, rank=3), (5, 2, 3, 4)),
     ],
-    ids=["linear", "conv1d", "conv2d", "conv3d", "cp conv", "cp linear"],
+    ids=["linear", "conv1d", "conv2d", "conv3d", "cp conv", "cp linear", "low rank"],
 )
 def test_norm_layer_equals_loops(name, layer, shape):
     layer = layer.double()
@@ -626,12 +627,20 @@ def test_normalized_models_run_together_under_vmap(name, cp):
             assert_close(gradients[key][n], expected, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "cp"), [*((name, False) for name in NAMES), *((n, True) for n in WITH_CP)]
+)
+def test_normalized_model_compiles_into_one_graph(name, cp):
+    net = cpnb.canonicalize(plane(), rank=3) if cp else plane()
+    model = normalized(net, name, small_images()).eval()
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert error(compiled(small_images()), model(small_images())) < 1e-12
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "scaling"])
 def test_normalize_skips_what_it_is_told_to(name):
-    if name == "scaling":
-        with pytest.raises(ValueError, match="expected none for 'scaling'"):
-            cpnb.normalize(small(), name, skip="0")
-        return
     source = small()
     new = normalized(source, name, small_images(), skip=("0", "2"))
     for n in (0, 2):
@@ -686,7 +695,11 @@ def with_row(value):
         (nn.Bilinear(2, 2, 2), "oni", {}, TypeError, "layer '' is a Bilinear"),
         (
             *(cpnb.CPLinear(3, 2), "weight", {}, TypeError),
-            "layer '' is a CPLinear, whose kernel .* Use 'conditioned'",
+            "layer '' is a CPLinear, whose kernel .* for CP layers, 'conditioned'",
+        ),
+        (
+            *(cpnb.LowRankLinear(3, 2, rank=1), "conditioned", {}, TypeError),
+            "layer '' is a LowRankLinear, whose kernel .* Use a norm layer",
         ),
         (
             *(cpnb.normalize(nn.Linear(3, 2), "oni"), "weight", {}, ValueError),
@@ -700,6 +713,11 @@ def with_row(value):
             *(cpnb.normalize(cpnb.CPLinear(3, 2), "conditioned"), "conditioned", {}),
             *(ValueError, "is a ConditionedCPLinear, normalised already"),
         ),
+        (
+            *(plane(), "scaling", {"skip": "0"}, ValueError),
+            "skip='0' is given, expected neither skip nor output for 'scaling'",
+        ),
+        (plane(), "scaling", {"c": -1.0}, ValueError, "c is -1.0"),
         (
             *(with_row(float("nan")), "oni", {}, ValueError),
             "0.weight has 4 NaN or infinite entries",
@@ -739,7 +757,11 @@ def with_row(value):
         ),
         (
             *(cpnb.normalize(small(), "batch"), "group", {"skip": "0.0"}, ValueError),
-            "skip is '0.0', expected none for a model with norm layers of its own",
+            "skip='0.0' is given, expected neither skip nor output for a model with",
+        ),
+        (
+            *(cpnb.normalize(small(), "batch"), "layer", {"output": True}, ValueError),
+            "output=True is given, expected neither skip nor output for a model with",
         ),
     ],
 )

@@ -15,11 +15,13 @@ from torch.nn.utils import parametrize
 from cpnb._checks import check_kernel
 from cpnb.base import CPLayer
 from cpnb.conversion import CONVERTIBLE, is_weighted
+from cpnb.lowrank_base import LowRankLayer
 from cpnb.randomness import seeded
 from cpnb.surgery import Skip, refuse_tied, replace_layers, skip_rule
 
 LEARNABLE = "learnable"
 RELU_GAIN = math.sqrt(2)  # for rows of norm 1: ReLU halves the power of the signal
+FACTORISED = (CPLayer, LowRankLayer)
 Gain = float | str
 
 
@@ -29,7 +31,7 @@ def per_layer(
     normalise: Callable[[nn.Module], nn.Module],
     *,
     reason: Callable[[Tensor], str | None] | None = None,
-    cp: bool = False,
+    factorised: tuple[type, ...] = (),
     output: bool = True,
 ) -> nn.Module:
     """Copy a model with each of its layers normalised by itself.
@@ -39,13 +41,13 @@ def per_layer(
         skip: As in `cpnb.normalize`.
         normalise: Maps a copy of a layer, which it may change, to its replacement.
         reason: Says why a kernel, seen as a matrix, cannot be normalised.
-        cp: Whether CP layers can be.
+        factorised: The kinds of factorised layers that can be, too.
         output: Whether the output layer is normalised too.
 
     Returns:
         A new model.
     """
-    layers = chosen_layers(model, skip, cp=cp, output=output)
+    layers = chosen_layers(model, skip, factorised, output=output)
     for name, layer in layers.items():
         why = reason and reason(layer.weight.detach().flatten(1))
         if why:
@@ -55,14 +57,18 @@ def per_layer(
 
 
 def chosen_layers(
-    model: nn.Module, skip: Skip, *, cp: bool, output: bool = True
+    model: nn.Module,
+    skip: Skip,
+    factorised: tuple[type, ...] = (),
+    *,
+    output: bool = True,
 ) -> dict[str, nn.Module]:
     """The layers to normalise by name, in the order of the model's modules.
 
     Args:
         model: Any module.
         skip: As in `cpnb.normalize`.
-        cp: Whether CP layers can be normalised.
+        factorised: The kinds of factorised layers that can be normalised.
         output: Whether to include the output layer: the last one in that order, if the
             model is more than a layer.
 
@@ -86,42 +92,51 @@ def chosen_layers(
             "normalise. Pass output=True to normalise that too."
         )
     for name, layer in layers.items():
-        _refuse(name, layer, cp)
+        _refuse(name, layer, factorised)
     refuse_tied(model, layers)
     return layers
 
 
 def weighted_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Every convolution and linear layer by name, stock or CP, in the model's order."""
+    """Every layer with a kernel by name, stock or factorised, in the model's order."""
     return {
         name: layer
         for name, layer in model.named_modules()
-        if is_weighted(layer) or isinstance(layer, CPLayer)
+        if is_weighted(layer) or isinstance(layer, FACTORISED)
     }
 
 
-def _refuse(name: str, layer: nn.Module, cp: bool) -> None:
+def _refuse(name: str, layer: nn.Module, factorised: tuple[type, ...]) -> None:
     kind = type(layer).__name__
     if parametrize.is_parametrized(layer) or getattr(layer, "equilibration", None):
         raise ValueError(
             f"layer {name!r} is a {kind}, normalised already. Call "
             "cpnb.remove_normalizer first, or pass the layer in skip."
         )
-    if isinstance(layer, CPLayer):
-        if not cp:
+    if isinstance(layer, FACTORISED):
+        if not isinstance(layer, factorised):
             raise TypeError(
-                f"layer {name!r} is a {kind}, whose kernel is made of unit columns and "
-                "never stored, expected a dense layer. Use 'conditioned', or a norm "
-                "layer such as 'batch', or cpnb.to_dense, or pass the layer in skip."
+                f"layer {name!r} is a {kind}, whose kernel is a product and never "
+                "stored, expected a dense layer. Use a norm layer such as 'batch' or, "
+                "for CP layers, 'conditioned', or cpnb.to_dense before, or pass the "
+                "layer in skip."
             )
-        return
-    if type(layer) not in CONVERTIBLE:
+    elif type(layer) not in CONVERTIBLE:
         expected = ", ".join(stock.__name__ for stock in CONVERTIBLE)
         raise TypeError(
             f"layer {name!r} is a {kind}, expected exactly one of {expected}, or a CP "
             f"layer. To leave it alone, pass skip=({name!r},)."
         )
-    check_kernel(layer.weight.detach(), f"{name}.weight" if name else "weight")
+    else:
+        check_kernel(layer.weight.detach(), f"{name}.weight" if name else "weight")
+
+
+def refuse_options(model: nn.Module, why: str, skip: Skip, output: bool) -> None:
+    """Refuse to choose among layers where the choice means nothing."""
+    skip_rule(model, skip)  # refuses what is no layer
+    if callable(skip) or tuple(skip) or output:
+        said = "output=True" if output else f"skip={skip!r}"
+        raise ValueError(f"{said} is given, expected neither skip nor output {why}.")
 
 
 class Reparametrization(nn.Module):

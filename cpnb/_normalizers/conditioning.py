@@ -48,4 +48,4 @@ def conditioned(
             return conditioned_cp(layer, mode, detach, gain)
         return reparametrized(layer, Conditioned(layer, mode, detach), gain)
 
-    return per_layer(model, skip, normalise, cp=True)
+    return per_layer(model, skip, normalise, factorised=(CPLayer,))

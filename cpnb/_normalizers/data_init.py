@@ -26,7 +26,7 @@ def weight_data_init(
 ) -> nn.Module:
     """Weight norm whose outputs on a batch have mean 0 and variance 1 at the start."""
     _check_images(data)
-    names = chosen_layers(model, skip, cp=False)
+    names = chosen_layers(model, skip)
     new = weight(model, skip)
     layers = {name: new.get_submodule(name) for name in names}
     waiting = set(layers)

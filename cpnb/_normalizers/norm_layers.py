@@ -8,8 +8,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from cpnb._checks import check_count
-from cpnb._normalizers.base import chosen_layers
-from cpnb.base import CPLayer
+from cpnb._normalizers.base import FACTORISED, chosen_layers, refuse_options
 from cpnb.surgery import Skip, replace_layers
 
 _BATCH = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
@@ -60,29 +59,24 @@ def _with_norms(model: nn.Module, skip: Skip, output: bool, make: Make) -> nn.Mo
         if isinstance(module, _NORMS)
     }
     if norms:
-        return _exchanged(model, skip, norms, make)
-    layers = chosen_layers(model, skip, cp=True, output=output)
+        why = "for a model with norm layers, which are exchanged where they stand"
+        refuse_options(model, why, skip, output)
+        return _exchanged(model, norms, make)
+    layers = chosen_layers(model, skip, FACTORISED, output=output)
     return replace_layers(
         model, {name: _followed(layer, make) for name, layer in layers.items()}
     )
 
 
 def _followed(layer: nn.Module, make: Make) -> nn.Sequential:
-    is_cp = isinstance(layer, CPLayer)
-    shape = layer.kernel_shape if is_cp else layer.weight.shape
-    norm = _placed(make(shape[0], len(shape)), layer.lam if is_cp else layer.weight)
+    product = isinstance(layer, FACTORISED)
+    shape = layer.kernel_shape if product else layer.weight.shape
+    norm = _placed(make(shape[0], len(shape)), next(layer.parameters()))
     return nn.Sequential(copy.deepcopy(layer), norm).train(layer.training)
 
 
-def _exchanged(
-    model: nn.Module, skip: Skip, norms: dict[str, nn.Module], make: Make
-) -> nn.Module:
+def _exchanged(model: nn.Module, norms: dict[str, nn.Module], make: Make) -> nn.Module:
     """Put another norm in the place of every batch norm."""
-    if not callable(skip) and len(tuple(skip)):
-        raise ValueError(
-            f"skip is {skip!r}, expected none for a model with norm layers of its own, "
-            "which are exchanged where they stand."
-        )
     new = {}
     for name, old in norms.items():
         if type(old) not in _ORDERS:

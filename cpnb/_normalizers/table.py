@@ -12,8 +12,10 @@ import torch
 from torch import nn
 
 from cpnb._normalizers import conditioning, data_init, kernels, norm_layers, stock
+from cpnb._normalizers.base import refuse_options
 from cpnb.initializers import CPForm
 from cpnb.ranks import ModelRule, Rank
+from cpnb.rescaling import Rescaling, rescale_
 from cpnb.surgery import Skip, canonicalize, skip_rule
 
 
@@ -27,6 +29,7 @@ class Normalizer:
         keeps_function: Whether the new model, until it is trained, computes what the
             given one does.
         source: Where it comes from.
+        apply: Maps a model, what to skip and the options to the new model.
     """
 
     summary: str
@@ -56,13 +59,8 @@ def _scaling(
     every: int = 1,
     before_norm: bool = False,
 ) -> nn.Module:
-    from cpnb.rescaling import Rescaling, rescale_
-
-    if callable(skip) or len(tuple(skip)):
-        raise ValueError(
-            f"skip is {skip!r}, expected none for 'scaling', which moves weights from "
-            "each layer into the next."
-        )
+    why = "for 'scaling', which moves weights from each layer into the next"
+    refuse_options(model, why, skip, output=False)
     hook = Rescaling(mode, c, every=every, before_norm=before_norm)
     new = copy.deepcopy(model)
     rescale_(new, mode=mode, c=c, before_norm=before_norm)
@@ -130,8 +128,8 @@ NORMALIZERS = {
         stock.spectral,
     ),
     "orthogonal": Normalizer(
-        "W = gain · Q with the Q of a QR decomposition, per group; torch's maps loses "
-        "the scale, which the gain keeps.",
+        "W = gain · Q, Q from a QR decomposition per group; the gain keeps the scale, "
+        "which torch's own loses.",
         "orthonormal rows of W / gain, or columns where there are fewer",
         False,
         "torch.nn.utils.parametrizations.orthogonal; Lezcano-Casado 2019, "
