@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from functools import partial
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ NETWORKS = {
     "alexnet": (cpnb.AlexNet, (3, 32, 32)),
     "vgg": (cpnb.VGG, (3, 32, 32)),
     "resnet": (cpnb.ResNet, (3, 32, 32)),
+    "short resnet": (partial(cpnb.ResNet, 8), (3, 32, 32)),
 }
 
 
@@ -38,7 +40,7 @@ def network(kind, cp=False, dtype=torch.float64):
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.uniform_(-0.5, 0.5, generator=generator)
             module.running_var.uniform_(0.5, 1.5, generator=generator)
-    images = torch.randn(4, *shape, generator=generator, dtype=dtype)
+    images = torch.randn(2, *shape, generator=generator, dtype=dtype)
     return model.to(dtype), images
 
 
@@ -149,10 +151,13 @@ def test_table_claims_of_the_function_at_the_start_are_true(name):
 KEEPERS = [name for name, entry in cpnb.NORMALIZERS.items() if entry.keeps_function]
 
 
-@pytest.mark.parametrize("kind", NETWORKS)
+def test_table_claims_to_keep_the_function_for_the_normalizers_tested_here():
+    assert KEEPERS == ["none", "weight", "scaling"]
+
+
+@pytest.mark.parametrize("kind", ["lenet", "alexnet", "vgg", "resnet"])
 @pytest.mark.parametrize(
-    ("name", "cp"),
-    [(name, cp) for name in KEEPERS for cp in (False, True)[: 1 + (name in WITH_CP)]],
+    ("name", "cp"), [("weight", False), ("scaling", False), ("scaling", True)]
 )
 def test_function_is_kept_where_claimed(name, cp, kind):
     model, images = network(kind, cp)
@@ -355,7 +360,7 @@ def test_norm_layers_stand_behind_every_layer_but_skipped_and_output_ones():
     assert not any(module.training for module in new.modules())
 
 
-@pytest.mark.parametrize("kind", ["vgg", "resnet"])
+@pytest.mark.parametrize("kind", ["vgg", "short resnet"])
 @pytest.mark.parametrize("cp", [False, True], ids=["dense", "cp"])
 def test_norm_layers_exchange_batch_norm(kind, cp):
     model, images = network(kind, cp)
@@ -417,7 +422,7 @@ def test_weight_data_init_without_bias_sets_the_variance_alone():
 
 
 def test_weight_data_init_repeats_with_a_generator_and_leaves_the_modes_alone():
-    model, images = network("resnet", dtype=torch.float32)
+    model, images = network("short resnet", dtype=torch.float32)
     model.train()
     model.fc.eval()
     before = torch.get_rng_state()
@@ -477,7 +482,7 @@ def test_weight_data_init_refuses_bad_data(model, data, skip, error, text):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_normalize_leaves_the_source_alone(name):
-    model, images = network("resnet" if name == "scaling" else "lenet")
+    model, images = network("short resnet" if name == "scaling" else "lenet")
     model.conv1.weight.requires_grad_(False)
     before = copy.deepcopy(model.state_dict())
     kinds = [type(module) for module in model.modules()]
@@ -505,7 +510,7 @@ def test_normalize_keeps_a_frozen_layer_frozen(name):
     ("name", "cp"), [*((name, False) for name in NAMES), *((n, True) for n in WITH_CP)]
 )
 def test_remove_normalizer_gives_stock_layers_and_the_same_function(name, cp):
-    model, images = network("resnet", cp)
+    model, images = network("short resnet", cp)
     new = normalized(model, name, images)
     for p in new.parameters():  # somewhere else than at the start
         with torch.no_grad():
