@@ -103,9 +103,9 @@ def fit(
         compile: Run the network through `torch.compile`, which takes a while at first.
         cuda_graph: Capture the step in a CUDA graph and replay it; needs a CUDA device,
             no hooks and an optimizer by name.
-        vectorise: Whether several networks train in one graph. None does so on a GPU
-            if a trial step gives each network what it computes alone; on a CPU one
-            after the other is faster.
+        vectorise: Whether several networks train in one graph. None does so on a GPU,
+            if a trial step gives each network what it computes alone. On a CPU it pays
+            for networks as small as those for the digits only.
         checkpoint: File that keeps the state after each epoch. If it is there already,
             the training goes on from it, or returns at once if it had ended. Networks
             that train one after the other have a file each, with ``-0``, ``-1``, … in

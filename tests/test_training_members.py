@@ -207,7 +207,7 @@ def test_ctrl_c_ends_all_networks():
 def test_networks_train_one_after_the_other_on_a_cpu_unless_asked():
     runs = train([network(0), network(1)], epochs=1)
     reasons = {(r.recipe["members"], r.recipe["members_reason"]) for r in runs}
-    assert reasons == {("sequential", "one after the other is faster on a CPU")}
+    assert reasons == {("sequential", "the default on cpu")}
     (run,) = train([network(0)], epochs=1)
     assert "members" not in run.recipe
 

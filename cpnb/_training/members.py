@@ -99,13 +99,12 @@ def choose_way(
         raise TypeError(f"vectorise is {vectorise!r}, expected None, True or False.")
     if vectorise is False:
         return _way("sequential", "asked for")
+    default = f"the default on {source.labels.device.type}"
     if vectorise is None and source.labels.device.type == "cpu":
-        return _way("sequential", "one after the other is faster on a CPU")
+        return _way("sequential", default)
     reason = _obstacle(models, seeds, source, settings, hooked)
     if reason is None:
-        default = f"the default on {source.labels.device.type}"
-        reason = "asked for" if vectorise else default
-        return _way("vectorised", reason)
+        return _way("vectorised", "asked for" if vectorise else default)
     if vectorise:
         raise ValueError(
             f"vectorise is True, but {reason}. Set vectorise=None to train one after "
