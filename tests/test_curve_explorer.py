@@ -52,7 +52,7 @@ def explorer():
 
 def test_explorer_shows_all_methods_of_the_first_comparison(explorer):
     assert explorer.experiment.options == ("mnist", "fashion")
-    assert explorer.methods.value == ("none", "weight", "own")
+    assert explorer.chosen == ("none", "weight", "own")
     assert bytes(explorer.image.value).startswith(b"\x89PNG")
     words = explorer.status.value
     assert 'role="status"' in words
@@ -66,7 +66,6 @@ def test_explorer_shows_all_methods_of_the_first_comparison(explorer):
         ("experiment", "fashion"),
         ("measure", "train_loss"),
         ("axis", "seconds"),
-        ("methods", ("weight",)),
     ],
 )
 def test_explorer_draws_what_is_chosen(explorer, menu, value):
@@ -76,20 +75,29 @@ def test_explorer_draws_what_is_chosen(explorer, menu, value):
     assert explorer.image.value != before
     assert 'role="status"' in explorer.status.value
     getattr(explorer, menu).value = first
-    if menu == "experiment":
-        assert explorer.methods.value == ("none", "weight", "own")
+    assert explorer.chosen == ("none", "weight", "own")
     assert explorer.image.value == before
 
 
-def test_explorer_says_the_numbers_of_the_chosen_methods_only(explorer):
-    explorer.methods.value = ("own",)
+def test_explorer_shows_and_says_the_ticked_methods_only(explorer):
+    before = explorer.image.value
+    explorer.methods["weight"].value = False
+    assert explorer.image.value != before
+    assert explorer.chosen == ("none", "own")
     assert "own: test" in explorer.status.value
     assert "weight" not in explorer.status.value
-    explorer.methods.value = ()
+    for box in explorer.methods.values():
+        box.value = False
     assert "No method is chosen." in explorer.status.value
+
+
+def test_explorer_offers_the_methods_of_the_experiment(explorer):
+    gone = explorer.methods["own"]
+    explorer.methods["own"].value = False
     explorer.experiment.value = "fashion"
-    assert explorer.methods.value == ("batch", "canonical")
+    assert explorer.chosen == ("batch", "canonical")
     assert "batch: test accuracy 80.00% ± 0.00" in explorer.status.value
+    assert gone.comm is None, "boxes that are not shown any more are closed"
 
 
 def test_figure_keeps_the_look_of_a_method_whatever_else_is_chosen():

@@ -91,7 +91,7 @@ class CurveExplorer(ipywidgets.VBox):
 
     Attributes:
         experiment, measure, axis: Menus.
-        methods: List of the methods to show; several may be chosen.
+        methods: A box to tick for each method, by name; all are at first.
         image: The picture.
         status: The final numbers of the chosen methods in words.
 
@@ -108,25 +108,23 @@ class CurveExplorer(ipywidgets.VBox):
                 "with python -m cpnb.experiments run NAME."
             )
         # Callbacks come from the main thread and from a kernel subshell.
-        self._guard, self._applying = threading.RLock(), False
+        self._guard = threading.RLock()
         self._painter = CurveFigure()
         self.experiment = _menu("experiment", list(self._results), 420)
         self.measure = _menu("measure", MEASURES, 280)
         self.axis = _menu("against", AXES, 220)
-        self.methods = ipywidgets.SelectMultiple(
-            description="methods", layout={"width": "420px", "height": "150px"}
-        )
+        self.methods: dict[str, ipywidgets.Checkbox] = {}
+        self._boxes = ipywidgets.Box(layout={"flex_flow": "row wrap"})
         # No tooltip: the front end of ipywidgets 8.1 fails to draw an image with one.
         self.image = ipywidgets.Image(
             format="png", layout={"width": "1000px", "max_width": "100%"}
         )
         self.status = ipywidgets.HTML()
-        menus = ipywidgets.VBox([self.experiment, self.measure, self.axis])
-        row = ipywidgets.HBox([menus, self.methods])
-        super().__init__([row, self.image, self.status])
+        menus = ipywidgets.HBox([self.experiment, self.measure, self.axis])
+        super().__init__([menus, self._boxes, self.image, self.status])
         self._offer_methods()
         self.experiment.observe(lambda _: self._changed(offer=True), "value")
-        for menu in (self.measure, self.axis, self.methods):
+        for menu in (self.measure, self.axis):
             menu.observe(lambda _: self._changed(), "value")
         self._show()
         close_previous(self)
@@ -135,6 +133,11 @@ class CurveExplorer(ipywidgets.VBox):
     def comparison(self) -> Comparison:
         """The comparison that is shown."""
         return self._results[self.experiment.value]
+
+    @property
+    def chosen(self) -> tuple[str, ...]:
+        """The methods that are shown."""
+        return tuple(name for name, box in self.methods.items() if box.value)
 
     def close(self) -> None:
         """Remove the widgets from the page."""
@@ -146,25 +149,33 @@ class CurveExplorer(ipywidgets.VBox):
         super().close()
 
     def _offer_methods(self) -> None:
-        names = list(self.comparison.runs())
-        self.methods.options = names
-        self.methods.value = names
+        gone, self.methods = (
+            self.methods,
+            {
+                name: ipywidgets.Checkbox(
+                    value=True,
+                    description=name,
+                    indent=False,
+                    layout={"width": "190px"},
+                )
+                for name in self.comparison.runs()
+            },
+        )
+        for box in self.methods.values():
+            box.observe(lambda _: self._changed(), "value")
+        self._boxes.children = tuple(self.methods.values())
+        for box in gone.values():
+            box.close()
 
     def _changed(self, *, offer: bool = False) -> None:
         with self._guard:  # reading, drawing and assigning are one step
-            if self._applying:
-                return
-            self._applying = True
-            try:
-                if offer:
-                    self._offer_methods()
-            finally:
-                self._applying = False
+            if offer:
+                self._offer_methods()
             self._show()
 
     def _show(self) -> None:
         """Draw and say what is chosen, or say what went wrong."""
-        chosen = self.methods.value
+        chosen = self.chosen
         try:
             picture = self._painter.png(
                 self.comparison, chosen, self.measure.value, self.axis.value
@@ -182,7 +193,7 @@ class CurveExplorer(ipywidgets.VBox):
         bundle = super()._repr_mimebundle_(**kwargs)
         with self._guard:
             bundle["image/png"] = base64.b64encode(self.image.value).decode()
-            lines = result_lines(self.comparison, self.methods.value)
+            lines = result_lines(self.comparison, self.chosen)
             name = self.experiment.value
         bundle["text/plain"] = "\n".join([f"CurveExplorer: {name}", *lines])
         return bundle
