@@ -1,4 +1,8 @@
-"""Frobenius decay: shrink the kernel that the factors stand for, not the factors."""
+"""Frobenius decay: shrink the kernel that the factors stand for, not the factors.
+
+For the low-rank layers, with and without M, and the CP layers: cpnb has no others that
+are factorized, such as Tucker or tensor-train layers.
+"""
 
 import math
 from collections.abc import Mapping

@@ -217,6 +217,17 @@ def test_state_dict_round_trip_and_names():
     assert torch.equal(twin.weight, layer.weight)
 
 
+def test_checkpoint_round_trip_and_refusal_of_another_rank(tmp_path):
+    path = tmp_path / "net.safetensors"
+    net, twin, other = (
+        cpnb.factorize(cpnb.DigitsNet(), rank=rank) for rank in (4, 4, 5)
+    )
+    cpnb.save_model(net, path)
+    assert torch.equal(cpnb.load_weights(twin, path).fc1.weight, net.fc1.weight)
+    with pytest.raises(ValueError, match=r"conv2.left: expected \(96, 5\), got"):
+        cpnb.load_weights(other, path)
+
+
 def broken():
     source = nn.Conv2d(2, 2, 3)
     with torch.no_grad():

@@ -96,7 +96,8 @@ def compressed(network: str, share: float, **settings: Any) -> tuple[Recipe, ...
         ("FD", factorize, low_rank["kaiming"], (FrobeniusDecay,)),
         ("SI+FD", factorize, low_rank["spectral"], (FrobeniusDecay,)),
         ("CP", "canonical", canonical, ()),
-        ("CP+FD", "canonical", canonical, (FrobeniusDecay,)),
+        # Before a batch norm decay would take σ to zero.
+        ("CP+FD", "canonical", canonical, (partial(FrobeniusDecay, scale=False),)),
     )
     return tuple(
         Recipe(name, network, normalizer, options, hooks, settings)
