@@ -7,11 +7,12 @@ import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Executor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cpnb._compare.cells import DataSource, Task, forget
+from cpnb._compare.cells import UNFINISHED, DataSource, Task, forget
 from cpnb._compare.plan import bundles, planned, record_path, resumed
 from cpnb._compare.record import Record
 from cpnb._compare.running import run_tasks
@@ -173,11 +174,16 @@ def compare(
 
     device, deadline = str(device), time.time() + limit
     at_once = together or (1 if device.startswith("cpu") else None)
-    for phase in ("tune", "test"):
-        tasks = [
-            Task(recipe, cells, data, device, deadline, dict(note or {}), folder)
-            for recipe in recipes
-            for cells in bundles(records[recipe.name].missing(phase), at_once)
-        ]
-        run_tasks(tasks, executor, keep, phase if progress else None)
+    try:
+        for phase in ("tune", "test"):
+            tasks = [
+                Task(recipe, cells, data, device, deadline, dict(note or {}), folder)
+                for recipe in recipes
+                for cells in bundles(records[recipe.name].missing(phase), at_once)
+            ]
+            run_tasks(tasks, executor, keep, phase if progress else None)
+    finally:
+        if folder is not None:
+            with suppress(OSError):  # not there, or something is unfinished
+                (folder / UNFINISHED).rmdir()
     return Comparison(records)

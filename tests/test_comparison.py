@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
@@ -17,7 +18,7 @@ import pytest
 import torch
 
 import cpnb
-from cpnb import Comparison, Recipe, compare, load_data
+from cpnb import Comparison, Recipe, compare, comparison, load_data
 from cpnb._compare import cells as cells_module
 from cpnb._compare import running
 from cpnb._compare.record import Cell, Record
@@ -281,6 +282,29 @@ def test_compare_goes_on_within_a_cell_that_ran_out_of_time(tmp_path, monkeypatc
     (cell,) = found.records["canonical"].cells
     assert cell["provenance"]["resumed_after"] == [1]
     assert [path.name for path in tmp_path.iterdir()] == ["canonical.json"]
+
+
+def test_compare_keeps_the_folder_of_a_training_when_another_ends(
+    tmp_path, monkeypatch
+):
+    one_is_recorded, fit = threading.Event(), cells_module.fit
+    first = iter([True])
+
+    def waits(*arguments, **options):
+        if next(first, False):  # its folder is made, its first state not written
+            assert one_is_recorded.wait(60)
+        return fit(*arguments, **options)
+
+    def forget(task):
+        cells_module.forget(task)
+        one_is_recorded.set()
+
+    monkeypatch.setattr(cells_module, "fit", waits)
+    monkeypatch.setattr(comparison, "forget", forget)
+    with ThreadPoolExecutor(2) as pool:
+        found = compare(RECIPES, SMALL, **PLAN, results=tmp_path, executor=pool)
+    assert found.is_complete
+    assert not (tmp_path / "unfinished").exists()
 
 
 def test_compare_takes_more_seeds_and_values_later(folder, tmp_path, monkeypatch):

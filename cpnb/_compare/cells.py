@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import time
@@ -23,6 +22,7 @@ from cpnb.recipes import Recipe
 from cpnb.records import MEASURES, Run
 from cpnb.training import fit
 
+UNFINISHED = "unfinished"  # folder of the states of unfinished trainings
 DIGITS = 5  # after the point, in a record
 # Images per evaluated batch. On a CPU a small one runs twice as fast: what a layer of a
 # LeNet makes of a thousand images no longer fits any cache.
@@ -60,7 +60,7 @@ class Task:
             return None
         words = [self.recipe.name, *(str(part) for cell in self.cells for part in cell)]
         digest = hashlib.sha256(" ".join(words).encode()).hexdigest()[:16]
-        return self.folder / "unfinished" / f"{self.recipe.name}-{digest}.pt"
+        return self.folder / UNFINISHED / f"{self.recipe.name}-{digest}.pt"
 
 
 _loaded: dict[str, Dataset] = {}
@@ -155,8 +155,6 @@ def forget(task: Task) -> None:
     # Networks that train one after the other have a file each.
     for file in (path, *path.parent.glob(f"{path.stem}-*")):
         file.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # others are unfinished
-        path.parent.rmdir()
 
 
 def _is_vectorised(run: Run) -> bool:
