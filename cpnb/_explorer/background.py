@@ -110,8 +110,10 @@ class LatestWins:
     def _loop(self) -> None:
         while True:
             with self._changed:
-                if self._wanted is None and not self._closed:
-                    self._changed.wait(IDLE_SECONDS if self._may_prepare else None)
+                # Woken without a request: something moved, so the pause begins anew.
+                while self._wanted is None and not self._closed:
+                    if not self._changed.wait(self._pause()):
+                        break
                 if self._closed:
                     return
                 item, self._wanted = self._wanted, None
@@ -130,6 +132,9 @@ class LatestWins:
                 with self._changed:
                     self._running = None
                     self._changed.notify_all()
+
+    def _pause(self) -> float | None:
+        return IDLE_SECONDS if self._may_prepare else None
 
     def _run(self, item: Hashable) -> None:
         try:
