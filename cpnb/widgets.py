@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import base64
 import html
-from collections.abc import Iterator
 from typing import Any
 
 import ipywidgets
 from matplotlib.figure import Figure
 from torch import nn
 
-from cpnb._explorer.controls import (
-    Control,
-    close_previous,
-    percent_control,
-    rank_control,
-)
+from cpnb._explorer.board import Board
+from cpnb._explorer.budget import BUDGET
+from cpnb._explorer.choices import Choice
+from cpnb._explorer.code import truncation_code
+from cpnb._explorer.controls import close_previous, switches
+from cpnb._explorer.details_view import DetailsView
 from cpnb._explorer.figure import ExplorerFigure
-from cpnb._explorer.live import LiveTable
+from cpnb._explorer.live import Job, LiveTable
 from cpnb._explorer.state import ExplorerState, explorer_state, status_lines
 from cpnb._sweep.points import GLOBAL
 from cpnb._sweep.table import RankSweep
@@ -27,9 +26,12 @@ from cpnb._sweep.table import RankSweep
 class RankExplorer(ipywidgets.VBox):
     """Sliders over the ranks of a network, a picture, and the same numbers in words.
 
-    One slider per CP layer and one for all of them. Points of a finished sweep are
-    shown at once. With a network and data, other points are measured: the newest
-    position first, on a background thread, and its neighbours while nothing is asked.
+    One slider per CP layer, one for all of them, and one for a budget of parameters
+    that :func:`allocate_ranks` spends. Points of a finished sweep are shown at once.
+    With a network and data, other points are measured, also for another key or refit:
+    the newest position first, on a background thread. When the position rests, its
+    details are drawn (a kernel before and after, the accuracy of each class, images
+    whose prediction flips) and its neighbours measured.
 
     Running a notebook cell again closes the explorers that its last run made. The
     network is copied at the start; neither it nor ``sweep`` is changed.
@@ -47,10 +49,16 @@ class RankExplorer(ipywidgets.VBox):
             show updates from threads, and for tests.
 
     Attributes:
-        sliders: The sliders by layer name; ``"*"`` is the one for all layers.
+        sliders: The sliders by layer name; ``"*"`` is the one for all layers,
+            ``"*budget"`` the budget in percent of the dense parameters.
         boxes: The number boxes beside them, by the same names.
+        switches: The choices ``key`` and ``refit``, the buttons ``undo`` and
+            ``reset``, and the toggles ``code`` and ``details``.
         image: The picture.
         status: The numbers in words.
+        code: The call that makes the network shown, when its toggle is pressed.
+        details: Picture and words about the kernel of the layer moved last, the
+            classes and single images.
 
     Raises:
         TypeError: If the arguments do not go together.
@@ -68,34 +76,41 @@ class RankExplorer(ipywidgets.VBox):
         refit: bool | None = None,
         background: bool = True,
     ) -> None:
-        """Build the sliders at full rank and show the first picture."""
-        self._live = LiveTable(
+        """Build the controls at full rank and show the first picture."""
+        live = self._live = LiveTable(
             model, data, sweep, key=key, refit=refit, background=background
         )
-        self._live.changed, self._live.neighbours = self._show, self._neighbours
         self._painter = ExplorerFigure()
-        self._axis, self._applying = GLOBAL, False
-        table = self._live.sweep
-        controls = {layer.name: rank_control(layer) for layer in table.layers}
-        controls[GLOBAL] = percent_control()
+        self.details = DetailsView(live.network, data)
+        self.switches = switches(
+            live.choice, measures=live.measures, details=self.details.able
+        )
+        # Inside the callback the details would be waited for at every step.
+        self.switches.details.value = self.details.able and background
+        self._board = Board(live, self.switches)
+        controls = self._board.controls
         self.sliders = {axis: control.slider for axis, control in controls.items()}
         self.boxes = {axis: control.box for axis, control in controls.items()}
         # No tooltip: the front end of ipywidgets 8.1 fails to draw an image with one.
         self.image = ipywidgets.Image(
             format="png", layout={"width": "1000px", "max_width": "100%"}
         )
-        self.status = ipywidgets.HTML()
-        rows = [ipywidgets.HBox([c.slider, c.box]) for c in controls.values()]
-        super().__init__([*rows, self.image, self.status])
-        for axis, control in controls.items():
-            self._listen(axis, control)
-        self._show()
+        self.status, self.code = ipywidgets.HTML(), ipywidgets.HTML()
+        parts = [self.image, self.status, self.code, self.details]
+        super().__init__([self.switches.row(), *self._board.rows(), *parts])
+        self._board.moved = self._moved
+        live.changed, live.neighbours = self._measured, self._board.neighbours
+        live.look, live.studied = self._look, self._studied
+        live.study = self.details.draw
+        for toggle in (self.switches.code, self.switches.details):
+            toggle.observe(lambda _: self._toggled(), "value")
+        self._toggled()
         close_previous(self)
 
     @property
     def ranks(self) -> dict[str, int]:
         """Components of every CP layer at the present position."""
-        return {name: self.sliders[name].value for name in self._live.sweep.ranks}
+        return self._board.ranks
 
     @property
     def accuracy(self) -> float | None:
@@ -105,7 +120,7 @@ class RankExplorer(ipywidgets.VBox):
 
     @property
     def sweep(self) -> RankSweep:
-        """A copy of the table with everything measured so far."""
+        """A copy of the table for the present key and refit, with all it knows."""
         with self._live.guard:
             return self._live.sweep.copy()
 
@@ -144,67 +159,68 @@ class RankExplorer(ipywidgets.VBox):
             row.close()
         super().close()
 
-    def _listen(self, axis: str, control: Control) -> None:
-        def follow(changed: Any, other: Any) -> None:
-            changed.observe(lambda _: self._moved(axis, changed, other), "value")
+    def _moved(self) -> None:
+        """Measure and show the position that the controls agree on."""
+        self._live.visit(self.ranks)
+        self._show()
 
-        follow(control.slider, control.box)
-        follow(control.box, control.slider)
+    def _measured(self) -> None:
+        """Show what has been found out; it may be what a budget needs."""
+        if self._board.budget_problem is not None:
+            self._board.check_budget()
+        self._show()
 
-    def _moved(self, axis: str, changed: Any, other: Any) -> None:
-        """Bring all controls in line with the one that changed, show, and measure."""
-        # Callbacks come from the main thread, a kernel subshell and the worker. Reading
-        # the sliders, drawing and assigning is one step, or an old picture lands last.
+    def _toggled(self) -> None:
+        """Show or hide the code and the details."""
         with self._live.guard:
-            if self._applying:
-                return
-            self._applying, self._axis = True, axis
-            try:
-                # Its value now, which another thread may have set since the event.
-                other.value = changed.value
-                for name, value in self._consequences(axis).items():
-                    self.sliders[name].value = self.boxes[name].value = value
-            finally:
-                self._applying = False
-            self._live.visit(self.ranks)
+            for toggle, part in (
+                (self.switches.code, self.code),
+                (self.switches.details, self.details),
+            ):
+                part.layout.display = None if toggle.value else "none"
             self._show()
+            if self.switches.details.value:
+                self._live.visit(self.ranks)
 
-    def _consequences(self, axis: str) -> dict[str, int]:
-        """What the other sliders show after one has moved."""
-        table = self._live.sweep
-        if axis == GLOBAL:
-            return table.ranks_at(self.sliders[GLOBAL].value / 100)
-        kept = sum(self.ranks.values()) / sum(table.ranks.values())
-        return {GLOBAL: max(1, round(100 * kept))}
+    def _look(self) -> Job | None:
+        """What the details lack, None if they are hidden or about this position."""
+        job = self._live.job(self.ranks, self._board.layer)
+        wanted = self.switches.details.value and job != self.details.shown
+        return job if wanted else None
 
-    def _neighbours(self) -> Iterator[dict[str, int]]:
-        """Ranks along the axis moved last, the nearest first."""
-        slider = self.sliders[self._axis]
-        steps = range(1, slider.max + 1)
-        for step in sorted(steps, key=lambda step: abs(step - slider.value)):
-            if self._axis == GLOBAL:
-                yield self._live.sweep.ranks_at(step / 100)
-            else:
-                yield {**self.ranks, self._axis: step}
+    def _studied(self, job: Job, outcome: Any) -> None:
+        """Show details, unless the position has moved on meanwhile."""
+        if job == self._look():
+            self.details.show(job, outcome)
 
     def _state(self) -> ExplorerState:
-        ranks = self.ranks
+        ranks, axis = self.ranks, self._board.axis
+        budget = self._board.value(BUDGET) if axis == BUDGET else None
         return explorer_state(
             self._live.sweep,
             ranks,
-            self._axis,
-            self.sliders[GLOBAL].value,
+            GLOBAL if axis == BUDGET else axis,
+            self._board.value(GLOBAL),
             self._live.source(ranks),
+            budget=budget,
+            known=self._live.known,
         )
+
+    def _words(self, state: ExplorerState) -> list[str]:
+        """The status of a frame, with the reason why there is no budget."""
+        why = self._board.budget_problem
+        return status_lines(state, self._live.sweep) + ([why] if why else [])
 
     def _show(self) -> None:
         """Draw and say the present position, or say what went wrong."""
         with self._live.guard:
-            failure = self._live.failure(self.ranks)
+            failure = self._board.problem or self._live.failure(self.ranks)
             try:
                 state = self._state()
                 self.image.value = self._painter.png(state)
-                lines = status_lines(state, self._live.sweep)
+                if self.switches.code.value:
+                    self.code.value = _code(state, self._live.choice)
+                lines = self._words(state)
             except Exception as error:  # nobody sees what a callback raises
                 failure = error
             if failure is None:
@@ -219,7 +235,7 @@ class RankExplorer(ipywidgets.VBox):
         bundle = super()._repr_mimebundle_(**kwargs)
         with self._live.guard:
             bundle["image/png"] = base64.b64encode(self.image.value).decode()
-            words = status_lines(self._state(), self._live.sweep)
+            words = self._words(self._state())
         bundle["text/plain"] = "\n".join(["RankExplorer", *words])
         return bundle
 
@@ -227,3 +243,13 @@ class RankExplorer(ipywidgets.VBox):
 def _html(role: str, lines: list[str]) -> str:
     text = "<br>".join(map(html.escape, lines))
     return f'<div role="{role}" style="line-height: 1.5">{text}</div>'
+
+
+def _code(state: ExplorerState, choice: Choice) -> str:
+    code = truncation_code(state.point.ranks, choice, state.point.accuracy)
+    return (
+        '<textarea readonly aria-label="code of this network" rows="4" '
+        'onfocus="this.select()" style="width: 100%; '
+        'box-sizing: border-box; font-family: monospace">'
+        f"{html.escape(code)}</textarea>"
+    )

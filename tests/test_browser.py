@@ -1,5 +1,6 @@
-"""The tour in JupyterLab and Chromium, as a reader sees it and moves its slider."""
+"""The tour in JupyterLab and Chromium, as a reader sees it and uses its explorer."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -8,6 +9,12 @@ from lab_server import NotebookPage, chromium, find_browser, jupyterlab
 
 ROOT = Path(__file__).parents[1]
 WAIT = 30_000  # milliseconds; what is waited for comes within one or two seconds
+
+READ_IMAGE = """async ([image, expected]) => {
+    const bytes = new Uint8Array(await (await fetch(image.src)).arrayBuffer());
+    const text = bytes.reduce((text, byte) => text + String.fromCharCode(byte), "");
+    return btoa(text) === expected;
+}"""
 
 pytestmark = [
     pytest.mark.browser,
@@ -46,8 +53,9 @@ class Explorer:
         self.notebook, self.expect = notebook, expect
         output = page.locator(".jp-OutputArea-output", has=page.get_by_role("status"))
         self.status = output.get_by_role("status")
-        self.image = output.locator("img")
-        self.rows = output.locator(".widget-slider")
+        self.image = output.locator("img").first
+        self.details = output.locator("img").last
+        self.output, self.rows = output, output.locator(".widget-slider")
         expect(self.image).to_be_visible(timeout=WAIT)
 
     def slider(self, name):
@@ -56,6 +64,36 @@ class Explorer:
         slider.scroll_into_view_if_needed()
         slider.focus()
         return slider
+
+    def press(self, button):
+        """Press a button with the keyboard."""
+        found = self.output.get_by_role("button", name=button, exact=True)
+        found.focus()
+        found.press("Enter")
+
+    def expect_the_librarys_numbers(self):
+        """Wait for the present position; what is shown is what the library gives."""
+        shown = self.notebook.ask("explorer.wait(30)")
+        cut = (
+            "cpnb.truncate(net, rank=explorer.ranks, key=explorer.switches.key.value,"
+            " refit=explorer.switches.refit.value)"
+        )
+        assert self.notebook.ask(f"cpnb.accuracy({cut}, data)") == shown
+        count = self.notebook.ask(f"sum(p.numel() for p in {cut}.parameters())")
+        for text in (f"ccuracy {100 * shown:.2f} %", f"{count:,} parameters"):
+            self.expect(self.status).to_contain_text(text, timeout=WAIT)
+        for name, rank in self.notebook.ask("explorer.ranks").items():
+            self.expect(self.status).to_contain_text(f"{name}: rank {rank} of")
+        return shown
+
+    def expect_picture(self, image, name):
+        """Wait until the page shows the bytes of one of the kernel's images."""
+        expected = self.notebook.ask(
+            f"__import__('base64').b64encode({name}.value).decode()"
+        )
+        self.notebook.page.wait_for_function(
+            READ_IMAGE, arg=[image.element_handle(), expected], timeout=WAIT
+        )
 
     def row(self, layer, rank):
         """The row of the explorer's table for one layer cut to one rank."""
@@ -107,4 +145,68 @@ def test_slider_shows_picture_position_and_numbers_of_the_rank_it_is_moved_to(
     expect(image).not_to_have_attribute("src", source, timeout=WAIT)
     tour.page.wait_for_function("e => e.complete", arg=image.element_handle())
     assert image.screenshot() != picture
+    assert tour.errors() == []
+
+
+def test_every_slider_moves_by_keyboard_to_the_librarys_numbers(tour):
+    explorer = Explorer(tour)
+    names = [*tour.ask("list(explorer.ranks)"), "all layers"]
+    for name in names:
+        explorer.press("Reset")
+        slider = explorer.slider(name)
+        before = int(float(slider.get_attribute("aria-valuenow")))
+        for key in ("ArrowLeft", "ArrowLeft", "ArrowRight"):
+            slider.press(key)
+        explorer.expect(slider).to_have_attribute(
+            "aria-valuenow", f"{before - 1:.1f}", timeout=WAIT
+        )
+        explorer.expect_the_librarys_numbers()
+    assert tour.errors() == []
+
+
+def test_fast_key_presses_leave_the_last_position_on_the_page(tour):
+    explorer = Explorer(tour)
+    explorer.press("Reset")
+    slider = explorer.slider("conv2")
+    before = int(float(slider.get_attribute("aria-valuenow")))
+    for _ in range(40):
+        slider.press("ArrowLeft")
+    rank = f"conv2: rank {before - 40} of"
+    explorer.expect(explorer.status).to_contain_text(rank, timeout=WAIT)
+    explorer.expect_the_librarys_numbers()
+    explorer.expect_picture(explorer.image, "explorer.image")
+    # The position rests, so the details follow.
+    details = explorer.output.get_by_role("group", name="details")
+    words = f"conv2 {before - 40},"
+    explorer.expect(details).to_contain_text(words, timeout=WAIT)
+    explorer.expect_picture(explorer.details, "explorer.details.image")
+    assert tour.errors() == []
+
+
+def test_choices_undo_and_code_work_by_keyboard_and_code_gives_what_is_shown(tour):
+    explorer = Explorer(tour)
+    explorer.press("Reset")
+    slider = explorer.slider("conv2")
+    slider.press("PageDown")
+    explorer.expect(slider).not_to_have_attribute("aria-valuenow", "84.0")
+    explorer.expect_the_librarys_numbers()
+    plain = explorer.status.inner_text()
+    for choice, word in (("greedy", "'greedy'"), ("weights", "λ: weights")):
+        explorer.press(choice)
+        explorer.expect(explorer.status).to_contain_text(word, timeout=WAIT)
+        shown = explorer.expect_the_librarys_numbers()
+    chosen = tour.ask("[explorer.sweep.key, explorer.sweep.refit]")
+    assert chosen == ["greedy", True]
+    explorer.press("Copy as code")
+    code = explorer.output.get_by_label("code of this network")
+    explorer.expect(code).to_have_value(re.compile(re.escape(repr(shown))))
+    names = "{'net': net, 'data': data}"
+    run = f"(lambda ns: (exec({code.input_value()!r}, ns), ns['cut'])[1])({names})"
+    assert tour.ask(f"cpnb.accuracy({run}, data)") == shown
+    for _ in range(2):
+        explorer.press("Undo")
+    explorer.expect(explorer.status).to_have_text(
+        plain, timeout=WAIT, use_inner_text=True
+    )
+    assert tour.ask("[explorer.sweep.key, explorer.sweep.refit]") == ["lam", False]
     assert tour.errors() == []

@@ -196,7 +196,7 @@ def test_explorer_picture_does_not_depend_on_what_was_shown_before(explore, swee
         if explorer.accuracy is not None:
             picture, lines = shown_afresh(explorer, axis)
             assert explorer.image.value == picture
-            assert words(explorer).split("\n")[1:-1] == lines
+            assert words(explorer).split("\n")[1 : 1 + len(lines)] == lines
 
 
 def test_explorer_calls_only_fewer_parameters_than_dense_compression(explore, sweep):
@@ -313,7 +313,8 @@ def test_explorer_looks_the_same_in_any_style_of_the_notebook(explore, sweep):
 
 def test_explorer_controls_are_labelled_and_wide_enough(explore, sweep):
     explorer = explore(sweep)
-    assert list(explorer.sliders) == list(explorer.boxes) == ["conv", "fc", "*"]
+    axes = ["conv", "fc", "*", "*budget"]
+    assert list(explorer.sliders) == list(explorer.boxes) == axes
     for axis, slider in explorer.sliders.items():
         box = explorer.boxes[axis]
         assert slider.description and box.description
@@ -348,16 +349,42 @@ def test_explorer_curve_and_marker_are_the_known_points(explore, model, data):
     assert len(marker.get_xydata()) == 0
 
 
-def test_explorer_size_panel_meets_dense_at_break_even(explore, sweep):
+def test_explorer_accuracy_panel_marks_break_even_of_the_layer(explore, sweep):
     explorer = explore(sweep)
+    panel = explorer.figure.axes[0]
+    (dotted,) = [line for line in panel.lines if line.get_linestyle() == ":"]
+    assert not dotted.get_visible()  # all layers together have none
     explorer.sliders["conv"].value = 5
+    assert dotted.get_visible() and set(dotted.get_xdata()) == {5}
+    assert panel.get_xlabel() == "rank of conv (break-even, dotted: 5)"
+
+
+def test_explorer_size_panel_shows_all_that_is_known_and_its_front(
+    explore, model, data, sweep
+):
+    explorer = explore(model, data, sweep=sweep, background=False)
+    explorer.sliders["conv"].value = 3
+    explorer.sliders["fc"].value = 5  # not in the sweep
+    cut = truncate(model, rank={"conv": 3, "fc": 5})
+    size = sum(p.numel() for p in cut.parameters()) / 185
+    here = [pytest.approx(size), pytest.approx(100 * accuracy(cut, data))]
     panel = explorer.figure.axes[2]
-    (layer,) = [line for line in panel.lines if line.get_color() == "#56b4e9"]
-    assert layer.get_xydata().tolist() == [[1, pytest.approx(20 / 60)], [8, 111 / 60]]
-    dashed = [line for line in panel.lines if line.get_linestyle() == "--"]
-    assert [set(line.get_ydata()) for line in dashed] == [{1.0}]
-    dotted = [line for line in panel.lines if line.get_linestyle() == ":"]
-    assert [set(line.get_xdata()) for line in dotted] == [{5}]
+    known, front = (
+        next(line for line in panel.lines if line.get_color() == color)
+        for color in ("#999999", "#009e73")
+    )
+    (marker,) = [line for line in panel.lines if line.get_markersize() == 9]
+    assert marker.get_xydata().tolist() == [here]
+    points = known.get_xydata().tolist()
+    assert len(points) == len(sweep) + 1 and points[-1] == here
+    # Every known point has one on the front that is no larger and no worse.
+    best = front.get_xydata()
+    for x, y in points:
+        assert any((x0 <= x + 1e-9) and (y0 >= y - 1e-9) for x0, y0 in best)
+    assert (np.diff(best, axis=0) > 0).all()
+    assert all(point.tolist() in points for point in best)
+    (dashed,) = [line for line in panel.lines if line.get_linestyle() == "--"]
+    assert set(dashed.get_xdata()) == {1}
 
 
 def test_explorer_measures_the_latest_position_and_lands_nothing_stale(explore, model):
@@ -401,17 +428,18 @@ def test_explorer_measures_the_neighbours_while_idle(explore, model, data):
     class Watched(Net):
         def forward(self, images):
             order.append(self.conv.rank)
-            if len(set(order)) == 8:
+            if 4 in order and set(order[order.index(4) :]) == set(range(1, 8)):
                 done.set()
             return super().forward(images)
 
     watched = Watched()
     watched.load_state_dict(model.state_dict())
     explorer = explore(watched, data)
+    explorer.switches.details.value = False
     explorer.sliders["conv"].value = 4
     assert done.wait(LONG)
-    # FLOPs and the start at full rank, the request, then the nearest first.
-    assert order == [8, 8, 4, 3, 5, 2, 6, 1, 7]
+    # Whatever was prepared at the start, then the request, then the nearest first.
+    assert order[order.index(4) :] == [4, 3, 5, 2, 6, 1, 7]
     explorer.close()
     assert len(explorer.sweep.curve("conv")) >= 7
 
@@ -445,9 +473,9 @@ def test_explorer_leaves_the_last_position_on_screen_when_moved_from_threads(
     for axis, slider in explorer.sliders.items():
         assert explorer.boxes[axis].value == slider.value
     assert explorer.accuracy == accuracy(truncate(model, rank=explorer.ranks), data)
-    axis = explorer._axis
+    axis = explorer._board.axis
     picture, lines = shown_afresh(explorer, axis)
-    assert words(explorer).split("\n")[1:-1] == lines
+    assert words(explorer).split("\n")[1 : 1 + len(lines)] == lines
     assert explorer.image.value == picture
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib import style
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from cpnb._explorer.panel import DENSE, Panel, set_points, with_gaps
@@ -20,12 +21,14 @@ from cpnb._explorer.state import (
 )
 from cpnb._sweep.points import GLOBAL
 
-BLUE, VERMILION, GREEN, SKY = "#0072b2", "#d55e00", "#009e73", "#56b4e9"
+BLUE, VERMILION, GREEN, GREY = "#0072b2", "#d55e00", "#009e73", "#999999"
 SIZE, DPI = (10.0, 3.2), 100
 
 
 class ExplorerFigure:
-    """Accuracy, kernel error and size along one axis, with a marker at the position.
+    """Accuracy and kernel error along one axis, and accuracy against size.
+
+    A marker shows the position in each; the third panel has every known network.
 
     Every artist is made once and updated in place. What stays the same from frame to
     frame (axes, ticks, reference lines) is drawn once per axis and kept as pixels, and
@@ -54,20 +57,31 @@ class ExplorerFigure:
         self._accuracy, self._error, self._size = map(Panel, panels)
         for panel, name in zip(
             panels,
-            ("accuracy (%)", "relative kernel error", "parameters ÷ dense"),
+            ("accuracy (%)", "relative kernel error", "accuracy (%)"),
             strict=True,
         ):
             panel.set_ylabel(name)
         self._accuracy_line = self._accuracy.line(BLUE, "o")
         self._error_line = self._error.line(VERMILION, "s")
-        self._layer_line = self._size.line(SKY, "")
-        self._network_line = self._size.line(GREEN, "")
+        self._known = self._size.line(GREY, ".")
+        self._known.set(linestyle="", markersize=3)
+        self._front = self._size.line(GREEN, "o")
+        # Between two known networks the smaller one is what the reader has.
+        self._front.set_drawstyle("steps-post")
         self._whole = self._accuracy.reference("untruncated")
         self._zero = self._error.reference("as far off as a zero kernel")
-        self._parity = self._size.reference("dense")
-        self._break_even = panels[2].axvline(0, color=DENSE, lw=0.8, ls=":")
-        self._size.word(0.11, GREEN, "network")
-        self._layer_word = self._size.word(0.03, SKY, "layer alone")
+        dotted = {"color": DENSE, "lw": 0.9, "ls": ":"}
+        self._break_even = panels[0].axvline(0, **dotted)
+        panels[2].axvline(1, color=DENSE, lw=1, ls="--")
+        panels[2].set_xlabel("network parameters ÷ dense")
+        panels[2].xaxis.set_major_locator(MaxNLocator(6))
+        self._legend = [
+            self._size.word(0.12, GREEN, "Pareto front"),
+            self._size.word(0.03, DENSE, "all known networks"),
+        ]
+        for word in self._legend:  # on top of the points, which may lie anywhere
+            box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
+            word.set(animated=True, bbox=box)
 
     def png(self, state: ExplorerState) -> bytes:
         """Draw a frame.
@@ -84,6 +98,8 @@ class ExplorerFigure:
             self._canvas.restore_region(self._pixels)
             for panel in (self._accuracy, self._error, self._size):
                 panel.draw()
+            for word in self._legend:
+                self._size.axes.draw_artist(word)
             image = Image.fromarray(np.asarray(self._canvas.buffer_rgba())[..., :3])
         buffer = io.BytesIO()
         image.save(buffer, "png", compress_level=1)
@@ -92,41 +108,35 @@ class ExplorerFigure:
     def _draw_scene(self, state: ExplorerState) -> None:
         """Redraw what does not move, if it has changed since the last frame."""
         worst = max((error for _, error in state.error), default=0.0)
-        largest = max(size for _, size in state.network_size + state.layer_size)
         scene = (
             state.axis,
             state.last,
             state.whole_accuracy,
+            state.largest,
             max(1.15, 1.1 * worst),
-            max(1.15, 1.1 * largest),
         )
         if scene == self._scene:
             return
-        *_, error_top, size_top = self._scene = scene
-        everywhere = state.axis == GLOBAL
-        for panel, top in (
-            (self._accuracy, 105.0),
-            (self._error, error_top),
-            (self._size, size_top),
-        ):
-            margin = 0.03 * state.last
+        self._scene = scene
+        margin = 0.03 * state.last
+        for panel, top in ((self._accuracy, 105.0), (self._error, scene[-1])):
             panel.axes.set_xlim(min(1, state.last - 1) - margin, state.last + margin)
             panel.axes.set_ylim(0, top)
             panel.axes.set_xlabel(
                 "components kept in all layers (%)"
-                if everywhere
+                if state.axis == GLOBAL
                 else f"rank of {_short(state.axis)}"
             )
+        self._size.axes.set_xlim(0, 1.05 * max(1.0, state.largest))
+        self._size.axes.set_ylim(0, 105.0)
         whole = state.whole_accuracy
         self._accuracy.place(self._whole, None if whole is None else 100 * whole)
         self._error.place(self._zero, 1.0)
-        self._size.place(self._parity, 1.0)
-        self._break_even.set_visible(not everywhere)
-        self._break_even.set_xdata([state.break_even or 0] * 2)
-        self._layer_word.set_visible(not everywhere)
-        if not everywhere:
-            name = self._size.axes.get_xlabel()
-            self._size.axes.set_xlabel(f"{name} (break-even {state.break_even})")
+        self._break_even.set_visible(state.break_even is not None)
+        if state.break_even is not None:
+            self._break_even.set_xdata([state.break_even] * 2)
+            words = f"{self._accuracy.axes.get_xlabel()} (break-even, dotted: "
+            self._accuracy.axes.set_xlabel(f"{words}{state.break_even})")
         self._canvas.draw()  # leaves out the animated artists
         self._pixels = self._canvas.copy_from_bbox(self.figure.bbox)
 
@@ -137,17 +147,20 @@ class ExplorerFigure:
         percents = [(at, 100 * value) for at, value in state.accuracy]
         set_points(self._accuracy_line, with_gaps(percents))
         set_points(self._error_line, with_gaps(state.error))
-        set_points(self._network_line, state.network_size)
-        set_points(self._layer_line, state.layer_size)
-        what = (
-            f"{x} % kept" if state.axis == GLOBAL else f"{_short(state.axis)} rank {x}"
-        )
+        set_points(self._known, [(at, 100 * value) for at, value in state.known])
+        set_points(self._front, [(at, 100 * value) for at, value in state.front])
+        if state.budget is not None:
+            what = f"budget {state.budget} %"
+        elif state.axis == GLOBAL:
+            what = f"{x} % kept"
+        else:
+            what = f"{_short(state.axis)} rank {x}"
         self._accuracy.mark(x, None if present is None else 100 * present)
         self._accuracy.title.set_text(f"{what}: {accuracy_words(state)}")
         self._error.mark(x, state.present_error)
         self._error.title.set_text(f"kernel error {decimal(state.present_error)}")
-        self._size.mark(x, state.size)
-        self._size.title.set_text(f"network {state.size:.2f} × dense")
+        self._size.mark(state.point.size, None if present is None else 100 * present)
+        self._size.title.set_text(f"network {state.point.size:.2f} × dense")
 
 
 def _short(name: str, longest: int = 24) -> str:

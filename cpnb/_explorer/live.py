@@ -1,16 +1,20 @@
-"""A rank sweep that measures the points it lacks."""
+"""Rank sweeps that measure the points they lack, one for each way of cutting."""
 
 from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 from torch import nn
 
+from cpnb._explorer.arguments import agree, check_images, given_sweep
 from cpnb._explorer.background import LatestWins
-from cpnb._sweep.meter import RankMeter
+from cpnb._explorer.choices import Choice
+from cpnb._explorer.pareto import Pairs
+from cpnb._explorer.tables import ChoiceTable, Point, Ranks, only_whole
+from cpnb._sweep.meter import Measurement, RankMeter
 from cpnb._sweep.points import GLOBAL
 from cpnb._sweep.table import PERCENTS, RankSweep
 from cpnb.truncation import truncate
@@ -18,14 +22,20 @@ from cpnb.truncation import truncate
 TABLE, MEASURED = "table", "measured"
 MEASURING, MISSING, FAILED = "being measured", "not in the table", "failed"
 
-Ranks = Mapping[str, int]
-Point = tuple[int, ...]
+
+class Job(NamedTuple):
+    """A truncated network to measure, or, with a layer, to look into."""
+
+    choice: Choice
+    point: Point
+    layer: str | None = None
 
 
 class LiveTable:
     """Answers from a table, and measures what is not in it while nobody waits.
 
-    Works on copies: neither the network nor the given sweep changes.
+    There is a table for each way of cutting that was chosen, and one thread for all of
+    them. Works on copies: neither the network nor the given sweep changes.
 
     Args:
         model: The network, or a :class:`RankSweep` without one.
@@ -36,10 +46,15 @@ class LiveTable:
         background: False measures inside :meth:`visit`.
 
     Attributes:
-        sweep: The growing table. Hold ``guard`` while using it.
-        guard: One lock for whoever reads, changes or shows the table.
+        choice: The present way of cutting.
+        network: A copy of the network, None without one.
+        guard: One lock for whoever reads, changes or shows the tables.
         changed: Called, under the guard, after something was measured or failed.
         neighbours: Called, under the guard, when idle: ranks worth measuring, in order.
+        look: Called, under the guard, when idle and before it: what to look into, with
+            a layer, or None.
+        study: Called on the thread with what to look into and the truncated network.
+        studied: Called, under the guard, with the same job and what came out or failed.
 
     Raises:
         TypeError: If the arguments do not go together.
@@ -61,54 +76,94 @@ class LiveTable:
         self.guard = threading.RLock()
         self.changed: Callable[[], None] = lambda: None
         self.neighbours: Callable[[], Iterable[Ranks]] = tuple
-        self._network, self._meter, self._worker = None, None, None
-        self._measured: set[Point] = set()
-        self._failures: dict[Point, Exception] = {}
-        given = _given_sweep(model, data, sweep)
-        key, refit = (
-            _agree("key", key, "lam", given),
-            _agree("refit", refit, False, given),
+        self.look: Callable[[], Job | None] = lambda: None
+        self.study: Callable[[Job, nn.Module], Any] = lambda job, network: None
+        self.studied: Callable[[Job, Any], None] = lambda job, outcome: None
+        self.network, self._data, self._worker = None, data, None
+        self._background = background
+        given = given_sweep(model, data, sweep)
+        self.choice = Choice(
+            agree("key", key, "lam", given), agree("refit", refit, False, given)
         )
+        meter = None
         if isinstance(model, nn.Module):
-            self._network = copy.deepcopy(model)
+            self.network = copy.deepcopy(model)
         if data is not None:
-            self._meter = RankMeter(model, data, key=key, refit=refit)
-            given = given or self._meter.table
-            _check_images(given, self._meter.table)
+            meter = RankMeter(model, data, **self.choice._asdict())
+            given = given or meter.table
+            check_images(given, meter.table)
             self._worker = LatestWins(
-                self._measure, self._enter, self._ahead, background=background
+                self._work, self._enter, self._ahead, background=background
             )
-        self.sweep = given.copy()
-        self.sweep.axes = (*self.sweep.ranks, GLOBAL)
-        self.sweep.keeps = tuple(sorted({*PERCENTS, *self.sweep.keeps}))
-        whole = self.sweep.ranks
-        if self._meter is not None and self.sweep.point(whole).accuracy is None:
-            self.sweep.add(whole, *self._meter.measure(whole))
-            self._measured.add(tuple(whole.values()))
+        given = given.copy()
+        given.axes = (*given.ranks, GLOBAL)
+        given.keeps = tuple(sorted({*PERCENTS, *given.keeps}))
+        self._tables = {self.choice: ChoiceTable(given, meter)}
+        whole = given.ranks
+        if meter is not None and given.point(whole).accuracy is None:
+            self._tables[self.choice].add(whole, meter.measure(whole))
+
+    @property
+    def sweep(self) -> RankSweep:
+        """The growing table of the present choice. Hold ``guard`` while using it."""
+        return self._tables[self.choice].sweep
+
+    @property
+    def known(self) -> Pairs:
+        """Its points, as :func:`known_points` gives them. Hold ``guard``."""
+        return self._tables[self.choice].known
+
+    @property
+    def measures(self) -> bool:
+        """Whether what is not in a table can be measured."""
+        return self._worker is not None
+
+    def choose(self, choice: Choice) -> None:
+        """Answer for another way of cutting; only the whole network is known at first.
+
+        Args:
+            choice: The key and the refit. They are checked with the first measurement.
+        """
+        with self.guard:
+            if choice not in self._tables:
+                self._tables[choice] = ChoiceTable(only_whole(self.sweep, choice))
+            self.choice = choice
 
     def visit(self, ranks: Ranks) -> None:
         """Ask for the accuracy at ``ranks`` instead of any place asked for before."""
-        point = self._point(ranks)
+        job = self._job(ranks)
         with self.guard:
-            self._failures.pop(point, None)
-            known = self._knows(point)
-        if self._worker is not None:
-            self._worker.wake() if known else self._worker.request(point)
+            self._tables[self.choice].failures.pop(job.point, None)
+            known = self._knows(job)
+        if self._worker is None:
+            return
+        self._worker.wake() if known else self._worker.request(job)
+        if not self._background and (look := self.look()) is not None:
+            self._worker.request(look)
+
+    def job(self, ranks: Ranks, layer: str) -> Job:
+        """What to look into: one layer of the network at ``ranks``, as chosen now."""
+        return self._job(ranks)._replace(layer=layer)
+
+    def ranks(self, job: Job) -> dict[str, int]:
+        """The ranks of a job by layer."""
+        return dict(zip(self.sweep.ranks, job.point, strict=True))
 
     def source(self, ranks: Ranks) -> str:
         """Where the accuracy at ``ranks`` comes from, in words."""
-        point = self._point(ranks)
+        job = self._job(ranks)
         with self.guard:
-            if self._knows(point):
-                return MEASURED if point in self._measured else TABLE
-            if point in self._failures:
+            table = self._tables[self.choice]
+            if self._knows(job):
+                return MEASURED if job.point in table.measured else TABLE
+            if job.point in table.failures:
                 return FAILED
-        return MISSING if self._worker is None else MEASURING
+        return MEASURING if self.measures else MISSING
 
     def failure(self, ranks: Ranks) -> Exception | None:
         """The error that measuring ``ranks`` ended in, if it did."""
         with self.guard:
-            return self._failures.get(self._point(ranks))
+            return self._tables[self.choice].failures.get(self._point(ranks))
 
     def truncated(self, ranks: Ranks) -> nn.Module:
         """The network cut to ``ranks``, as :func:`truncate` makes it.
@@ -116,13 +171,12 @@ class LiveTable:
         Raises:
             ValueError: If there is no network.
         """
-        if self._network is None:
+        if self.network is None:
             raise ValueError(
                 "the explorer was made from a sweep alone, expected one with a network "
                 "to cut. Make it with RankExplorer(model, data, sweep=sweep)."
             )
-        key, refit = self.sweep.key, self.sweep.refit
-        return truncate(self._network, rank=dict(ranks), key=key, refit=refit)
+        return truncate(self.network, rank=dict(ranks), **self.choice._asdict())
 
     def wait(self, timeout: float | None = None) -> bool:
         """Block until nothing asked for is waiting or running; False on timeout."""
@@ -136,87 +190,46 @@ class LiveTable:
     def _point(self, ranks: Ranks) -> Point:
         return tuple((self.sweep.ranks | dict(ranks)).values())
 
-    def _ranks(self, point: Point) -> dict[str, int]:
-        return dict(zip(self.sweep.ranks, point, strict=True))
+    def _job(self, ranks: Ranks) -> Job:
+        return Job(self.choice, self._point(ranks))
 
-    def _knows(self, point: Point) -> bool:
-        return self.sweep.point(self._ranks(point)).accuracy is not None
+    def _knows(self, job: Job) -> bool:
+        sweep = self._tables[job.choice].sweep
+        return sweep.point(self.ranks(job)).accuracy is not None
 
-    def _measure(self, point: Point) -> tuple[float, dict[str, float]] | None:
+    def _work(self, job: Job) -> Any:
         with self.guard:
-            if self._knows(point):
+            if job.layer is None and self._knows(job):
                 return None
-        return self._meter.measure(self._ranks(point))
+        table = self._tables[job.choice]
+        if table.meter is None:
+            table.meter = RankMeter(self.network, self._data, **job.choice._asdict())
+        if job.layer is None:
+            return table.meter.measure(self.ranks(job))
+        return self.study(job, table.meter.truncated(self.ranks(job)))
 
-    def _enter(self, point: Point, outcome: Any) -> None:
+    def _enter(self, job: Job, outcome: Measurement | Exception | Any) -> None:
         with self.guard:
+            if job.layer is not None:
+                self.studied(job, outcome)
+                return
+            table = self._tables[job.choice]
             if isinstance(outcome, Exception):
-                self._failures[point] = outcome
+                table.failures[job.point] = outcome
             elif outcome is not None:
                 try:
-                    self.sweep.add(self._ranks(point), *outcome)
-                    self._measured.add(point)
+                    table.add(self.ranks(job), outcome)
                 except ValueError as error:  # a result that is no accuracy or error
-                    self._failures[point] = error
+                    table.failures[job.point] = error
             self.changed()
 
-    def _ahead(self) -> Point | None:
+    def _ahead(self) -> Job | None:
         with self.guard:
+            if (look := self.look()) is not None:
+                return look
+            failures = self._tables[self.choice].failures
             for ranks in self.neighbours():
-                point = self._point(ranks)
-                if not self._knows(point) and point not in self._failures:
-                    return point
+                job = self._job(ranks)
+                if not self._knows(job) and job.point not in failures:
+                    return job
         return None
-
-
-def _given_sweep(
-    model: nn.Module | RankSweep, data: Any, sweep: RankSweep | None
-) -> RankSweep | None:
-    if isinstance(model, RankSweep):
-        if data is not None or sweep is not None:
-            raise TypeError(
-                "model is a RankSweep, expected a network when data or sweep is given. "
-                "Use RankExplorer(sweep), or RankExplorer(model, data, sweep=sweep)."
-            )
-        return model
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"model is a {type(model).__name__}, expected a network or a RankSweep."
-        )
-    if sweep is None:
-        if data is None:
-            raise TypeError(
-                "data and sweep are None, expected one of them. Use "
-                "RankExplorer(model, data) to measure or sweep=... to show a table."
-            )
-        return None
-    if not isinstance(sweep, RankSweep):
-        raise TypeError(
-            f"sweep is a {type(sweep).__name__}, expected a RankSweep. Make it with "
-            "rank_sweep(model, data) or RankSweep.load(path)."
-        )
-    sweep.check_model(model)
-    return sweep
-
-
-def _agree(name: str, wanted: Any, default: Any, sweep: RankSweep | None) -> Any:
-    if sweep is None:
-        return default if wanted is None else wanted
-    held = getattr(sweep, name)
-    if wanted is not None and wanted != held:
-        raise ValueError(
-            f"{name} is {wanted!r}, expected {held!r} as in the sweep. Leave {name} "
-            f"out, or make another sweep with rank_sweep(…, {name}={wanted!r})."
-        )
-    return held
-
-
-def _check_images(sweep: RankSweep, measured: RankSweep) -> None:
-    ours = measured.provenance["images_fingerprint"]
-    theirs = sweep.provenance.get("images_fingerprint", ours)
-    if theirs != ours:
-        raise ValueError(
-            "sweep was measured on other images than data: fingerprint "
-            f"{theirs[:12]}, data has {ours[:12]}. Pass the data of the sweep, or "
-            "sweep this data with rank_sweep(model, data)."
-        )

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from cpnb._explorer.choices import refit_words
+from cpnb._explorer.pareto import Pairs, known_points, pareto_front
 from cpnb._sweep.points import GLOBAL, RankPoint
 from cpnb._sweep.table import RankSweep
 
@@ -22,11 +24,14 @@ class ExplorerState:
             ``"not in the table"``.
         accuracy: Known accuracies along the axis, pairs of position and value.
         error: Known relative kernel errors along the axis.
-        network_size: Parameters of the network over dense along the axis.
-        layer_size: Parameters of the layer over dense; empty for ``"*"``.
+        known: Size over dense and accuracy of every known network, in any order.
+        front: Those of them that no other beats, see :func:`pareto_front`.
+        largest: Size over dense of the untruncated network.
         present_error: Error at the position, of the layer or of all kernels.
         whole_accuracy: Accuracy of the untruncated network, None if unknown.
         break_even: R_same of the layer, None for ``"*"``.
+        budget: Parameters that the allocator was given, in percent of dense; None
+            where the ranks were not allocated.
     """
 
     axis: str
@@ -34,22 +39,26 @@ class ExplorerState:
     last: int
     point: RankPoint
     source: str
-    accuracy: list[tuple[float, float]]
-    error: list[tuple[float, float]]
-    network_size: list[tuple[float, float]]
-    layer_size: list[tuple[float, float]]
+    accuracy: Pairs
+    error: Pairs
+    known: Pairs
+    front: Pairs
+    largest: float
     present_error: float | None
     whole_accuracy: float | None
     break_even: int | None
-
-    @property
-    def size(self) -> float:
-        """Parameters of the network over those of the dense network."""
-        return self.point.parameters / self.point.dense_parameters
+    budget: int | None
 
 
 def explorer_state(
-    sweep: RankSweep, ranks: Mapping[str, int], axis: str, percent: int, source: str
+    sweep: RankSweep,
+    ranks: Mapping[str, int],
+    axis: str,
+    percent: int,
+    source: str,
+    *,
+    budget: int | None = None,
+    known: Pairs | None = None,
 ) -> ExplorerState:
     """Collect what the explorer shows.
 
@@ -59,45 +68,43 @@ def explorer_state(
         axis: The layer moved last, or ``"*"``.
         percent: Components kept in all layers, in percent; the position on ``"*"``.
         source: Where the accuracy comes from, as in :class:`ExplorerState`.
+        budget: Budget that the ranks were allocated for, as in :class:`ExplorerState`.
+        known: What ``known_points(sweep)`` gives, where it has been listed before.
 
     Returns:
         The state.
     """
-    point, dense = sweep.point(ranks), sweep.dense_parameters
+    point, whole = sweep.point(ranks), sweep.point()
+    known = known_points(sweep) if known is None else known
     shared = {
         "axis": axis,
         "point": point,
         "source": source,
-        "whole_accuracy": sweep.point().accuracy,
+        "whole_accuracy": whole.accuracy,
+        "known": list(known),
+        "front": pareto_front(known),
+        "largest": whole.size,
+        "budget": budget,
     }
     if axis == GLOBAL:
-        known = [(100 * keep, at) for keep, at in sweep.curve(GLOBAL)]
-        sizes = [
-            (keep, sweep.parameters(sweep.ranks_at(keep / 100)) / dense)
-            for keep in range(1, 101)
-        ]
+        curve = [(100 * keep, at) for keep, at in sweep.curve(GLOBAL)]
         return ExplorerState(
             position=percent,
             last=100,
-            accuracy=[(x, at.accuracy) for x, at in known],
+            accuracy=[(x, at.accuracy) for x, at in curve],
             error=[
-                (x, at.total_error) for x, at in known if at.total_error is not None
+                (x, at.total_error) for x, at in curve if at.total_error is not None
             ],
-            network_size=sizes,
-            layer_size=[],
             present_error=point.total_error,
             break_even=None,
             **shared,
         )
-    layer, ends = sweep.layer(axis), (1, sweep.layer(axis).rank)
+    layer = sweep.layer(axis)
     return ExplorerState(
         position=ranks[axis],
         last=layer.rank,
         accuracy=[(x, at.accuracy) for x, at in sweep.curve(axis, ranks)],
         error=sweep.errors(axis),
-        # Parameters are linear in the rank, so the two ends draw every rank exactly.
-        network_size=[(r, sweep.parameters({**ranks, axis: r}) / dense) for r in ends],
-        layer_size=[(r, layer.parameters_at(r) / layer.dense_parameters) for r in ends],
         present_error=point.relative_error[axis],
         break_even=layer.break_even_rank,
         **shared,
@@ -153,8 +160,15 @@ def status_lines(state: ExplorerState, sweep: RankSweep) -> list[str]:
         f"{percentage(state.whole_accuracy)}.",
         f"Network: {size_words(state.point.parameters, sweep.dense_parameters)}; "
         f"relative kernel error of all layers {decimal(state.point.total_error)}.",
+        f"Components ordered by {sweep.key!r}; refit of λ: {refit_words(sweep.refit)}.",
     ]
-    if state.axis == GLOBAL:
+    if state.budget is not None:
+        lines.insert(
+            0,
+            f"Budget of {state.budget} % of the dense parameters, allocated to the "
+            "layers.",
+        )
+    elif state.axis == GLOBAL:
         lines.insert(0, f"All layers keep {state.position} % of their components.")
     for name, rank in state.point.ranks.items():
         layer = sweep.layer(name)

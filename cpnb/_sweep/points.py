@@ -71,6 +71,11 @@ class RankPoint:
     flops: int
     dense_flops: int
 
+    @property
+    def size(self) -> float:
+        """Parameters of the network over those of the dense network."""
+        return self.parameters / self.dense_parameters
+
 
 def total_error(
     layers: Sequence[SweptLayer], errors: Mapping[str, float | None]
