@@ -12,7 +12,7 @@ from cpnb.lowrank import LowRankConv2d, LowRankLinear
 from cpnb.lowrank_base import LowRankLayer, clipped_rank
 from cpnb.matrices import Factors, matrix_rank, unfold, unfolded_shape
 from cpnb.ranks import Rank
-from cpnb.surgery import Skip, refuse_tied, replace_layers, skip_rule
+from cpnb.surgery import Skip, named_ranks, refuse_tied, replace_layers, skip_rule
 
 _KINDS: dict[type[nn.Module], type[LowRankLayer]] = {
     nn.Conv2d: LowRankConv2d,
@@ -133,23 +133,12 @@ def _ranks_by_name(
             return matrix_rank(fraction, _matrix_shape(layer), middle=middle)
 
         return rank.share(model, names, held=held, rank_at=rank_at)
-    if not isinstance(rank, Mapping):
-        rank = dict.fromkeys(names, rank)
-    if set(rank) != set(names):
-        missing, unknown = set(names) - set(rank), set(rank) - set(names)
-        raise ValueError(
-            f"rank lacks {sorted(missing)} and has unknown {sorted(unknown)}, expected "
-            f"exactly the layers to factorize: {names}. Layers to leave dense go in "
-            "skip."
-        )
     counts = {}
-    for name in names:
-        layer, shape = (
-            model.get_submodule(name),
-            _matrix_shape(model.get_submodule(name)),
-        )
+    for name, wanted in named_ranks(rank, names).items():
+        layer = model.get_submodule(name)
+        shape = _matrix_shape(layer)
         matrices = unfold(layer.weight.detach(), getattr(layer, "groups", 1))
-        count = matrix_rank(rank[name], shape, matrices, middle=middle)
+        count = matrix_rank(wanted, shape, matrices, middle=middle)
         counts[name] = clipped_rank(count, shape, f"layer {name!r}")
     return counts
 

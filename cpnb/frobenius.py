@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import AdamW, Optimizer
 
 from cpnb._checks import check_module, check_strength
 from cpnb.base import CPLayer
@@ -86,10 +86,11 @@ class FrobeniusDecay(Hook):
         layers = factorized_layers(model).values()
         own = _own_decay(optimizer)
         self._strength(own)
-        decoupled = optimizer.defaults.get("decoupled_weight_decay", False)
-        if decoupled and any(
-            own.get(p) for a in layers for p, _ in frobenius_gradients(a)
-        ):
+        decoupled = isinstance(optimizer, AdamW) or optimizer.defaults.get(
+            "decoupled_weight_decay", False
+        )
+        factors = [p for layer in layers for p, _ in frobenius_gradients(layer)]
+        if decoupled and any(own.get(parameter) for parameter in factors):
             raise ValueError(
                 f"optimizer is {type(optimizer).__name__}, which decays the factors "
                 "apart from their gradients, expected no decay of their own. Build it "

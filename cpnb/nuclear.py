@@ -16,10 +16,12 @@ class FactorNorms:
 
     Attributes:
         frobenius: ``‖W‖_F``.
-        nuclear: ``‖W‖_*``, the sum of the singular values of the unfolded kernel.
-        bound: What bounds it from above: ``½(‖U‖² + ‖V‖²)``, with V Mᵀ for V where
-            there is an M, half of what ordinary weight decay presses on; ``Σ|σλ|`` in
-            CP form. It is equal to ``nuclear`` after spectral initialisation.
+        nuclear: ``‖W‖_*``, the sum of the singular values of the unfolded kernel, which
+            in CP form is the one of shape (out, all the rest).
+        bound: What bounds it from above. ``½(‖U‖² + ‖V‖²)``, with V Mᵀ for V where
+            there is an M: without one, μ times this is the penalty of ordinary weight
+            decay, and right after spectral initialisation it is equal to ``nuclear``.
+            In CP form ``Σ|σλ|``.
         effective_step: ``lr / ‖W‖²_F``: how far a step turns a kernel whose size the
             following norm layer undoes.
     """
@@ -39,7 +41,7 @@ def factor_norms(model: nn.Module, lr: float = 1.0) -> dict[str, FactorNorms]:
         lr: Learning rate, for the effective step.
 
     Returns:
-        `FactorNorms` by layer name.
+        `FactorNorms` by layer name; NaN for a kernel that is not finite.
 
     Raises:
         ValueError: If there is no such layer.
@@ -63,6 +65,8 @@ def _norms(layer: FactorizedLayer, lr: float) -> FactorNorms:
         # UVᵀ has the singular values of the small R_U R_Vᵀ of the QR decompositions.
         core = torch.linalg.qr(left).R @ torch.linalg.qr(right).R.mT
         bound = (left.square().sum() + right.square().sum()) / 2
+    if not core.isfinite().all():  # a log must not end a training
+        return FactorNorms(math.nan, math.nan, math.nan, math.nan)
     values = torch.linalg.svdvals(core)
     square = values.square().sum().item()
     return FactorNorms(

@@ -113,7 +113,10 @@ def canonicalize(
                 f"layer {name!r} is a {type(layer).__name__}: {reason}. To leave it "
                 f"alone, pass skip=({name!r},)."
             )
-    ranks = _ranks_by_name(rank, model, names)
+    if isinstance(rank, ModelRule):
+        ranks = rank.counts(model, names) if names else {}
+    else:
+        ranks = named_ranks(rank, names)
     converted = {
         name: from_layer(
             model.get_submodule(name), rank=ranks[name], init=init, generator=generator
@@ -215,13 +218,10 @@ def refuse_tied(model: nn.Module, names: Iterable[str]) -> None:
                 )
 
 
-def _ranks_by_name(
-    rank: Rank | ModelRule | Mapping[str, Rank | ModelRule],
-    model: nn.Module,
-    names: list[str],
+def named_ranks(
+    rank: Rank | ModelRule | Mapping[str, Rank | ModelRule], names: list[str]
 ) -> dict[str, Rank | ModelRule]:
-    if isinstance(rank, ModelRule):
-        return dict(rank.counts(model, names)) if names else {}
+    """One rank for each layer: the same for all, or from a mapping of just these."""
     if not isinstance(rank, Mapping):
         return dict.fromkeys(names, rank)
     if set(rank) != set(names):

@@ -74,9 +74,12 @@ def test_norms_come_by_layer_name_and_serve_a_callback():
     assert log[0]["fc1"].nuclear < log[0]["fc1"].bound
 
 
-def test_norms_of_a_zero_kernel_and_of_nothing():
-    layer = cpnb.LowRankLinear(3, 3, rank=1)
-    nn.init.zeros_(layer.left)
+@pytest.mark.parametrize("make", [cpnb.LowRankLinear, cpnb.CPLinear])
+def test_norms_of_zero_and_broken_kernels_and_of_nothing(make):
+    layer = make(3, 3, rank=1)
+    nn.init.zeros_(next(layer.parameters()))
     assert factor_norms(layer)[""].effective_step == math.inf
+    nn.init.constant_(next(layer.parameters()), math.nan)
+    assert math.isnan(factor_norms(layer)[""].nuclear)
     with pytest.raises(ValueError, match="without low-rank or CP layers"):
         factor_norms(nn.Linear(2, 2))
