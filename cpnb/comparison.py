@@ -82,13 +82,13 @@ class Comparison:
         """One dict per recipe.
 
         Returns:
-            ``recipe``; ``lr`` and ``weight_decay`` as chosen; ``n``, the tested
-            networks, and ``diverged``, those that failed; ``test`` and ``validation``,
-            each mean and sample standard deviation (None for one network) of the
-            accuracy after the last epoch; means of ``best_epoch``, the one of the
-            highest validation accuracy, of ``seconds`` of training per network, and of
-            ``images_per_second``, summed over networks that trained together. None
-            where nothing is known yet.
+            ``recipe``; ``lr`` and ``weight_decay`` as chosen; ``failed``, whether every
+            choice diverged; ``n``, the tested networks, and ``diverged``, those of them
+            that did; ``test`` and ``validation``, each mean and sample standard
+            deviation (None for one network) of the accuracy after the last epoch; means
+            of ``best_epoch``, the one of the highest validation accuracy, of
+            ``seconds`` of training per network, and of ``images_per_second``, summed
+            over networks that trained together. None where nothing is known yet.
         """
         return [row(record) for record in self.records.values()]
 
@@ -160,7 +160,7 @@ def compare(
         ValueError: If names repeat, seeds are in both sets, ``tune`` names something
             else, or a record was made from another recipe or other data.
     """
-    folder = None if results is None else Path(results)
+    recipes, folder = list(recipes), None if results is None else Path(results)
     fresh = planned(recipes, data, seeds, tune or {}, tune_seeds)
     records = {record.name: resumed(record, folder) for record in fresh}
 

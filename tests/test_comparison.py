@@ -256,6 +256,7 @@ def test_compare_starts_nothing_after_its_limit(tmp_path):
     found = compare(RECIPES, SMALL, **PLAN, results=tmp_path, limit=0)
     assert not found.is_complete
     assert all(row["n"] == 0 and row["lr"] is None for row in found.rows())
+    assert "none works" not in repr(found), "nothing is known yet"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -500,7 +501,16 @@ def test_record_carries_its_provenance(tmp_path):
     assert record.data["images"] == [128, 359, 359]
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"format": "other"}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        '{"format": "other"}',
+        '{"format": "cpnb comparison", "version": 2}',
+        '{"format": "cpnb comparison", "version": 1, "cells": []}',
+    ],
+)
 def test_record_names_a_file_that_holds_none(tmp_path, text):
     path = tmp_path / "x.json"
     path.write_text(text)

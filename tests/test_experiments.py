@@ -10,6 +10,7 @@ import cpnb
 from cpnb import experiments
 from cpnb._compare.describe import describe
 from cpnb._compare.record import Record
+from cpnb._experiments import truncation
 from cpnb.data import Dataset, Split
 from cpnb.experiments import (
     EXPERIMENTS,
@@ -88,6 +89,41 @@ def test_recipes_of_experiments_train_a_step(recipe, grey):
     found = cpnb.compare([recipe], grey, seeds=[0], progress=False)
     (cell,) = found.records[recipe.name].cells
     assert cell["start_validation_loss"] < 10
+
+
+@pytest.fixture
+def kept(monkeypatch):
+    """Two fractions instead of nine."""
+    monkeypatch.setattr(truncation, "KEPT", (1.0, 0.5))
+    return [1.0, 0.5]
+
+
+def test_truncation_curve_measures_before_and_after_fine_tuning(kept):
+    data = cpnb.load_data(train_size=128)
+    recipe = cpnb.Recipe("x", "DigitsNet", "canonical", {"rank": 8})
+    network = recipe.build(data, 0)
+    cpnb.fit(network, data, epochs=3, progress=False)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    how = {"key": "lam", "epochs": 1, "lr": 0.01, "batch_size": 32}
+    curve = truncation.truncation_curve(network, data, 5, **how)
+    assert curve["keep"] == kept
+    assert curve["before"][0] == round(cpnb.accuracy(network, data.test), 5)
+    cut = cpnb.truncate(network, keep=0.5)
+    assert curve["parameters"][1] == sum(p.numel() for p in cut.parameters())
+    assert curve["before"][1] == round(cpnb.accuracy(cut, data.test), 5)
+    how.pop("key")
+    cpnb.fit(cut, data, seed=5, progress=False, **how)
+    assert curve["after"][1] == round(cpnb.accuracy(cut, data.test), 5)
+    for name, value in network.state_dict().items():
+        assert value.equal(before[name])
+
+
+def test_truncation_curve_has_a_gap_where_fine_tuning_diverges(kept):
+    data = cpnb.load_data(train_size=32)
+    network = cpnb.Recipe("x", "DigitsNet", "canonical", {"rank": 2}).build(data, 0)
+    curve = truncation.truncation_curve(network, data, 0, key="lam", epochs=1, lr=1e30)
+    assert curve["after"] == [None, None]
+    assert None not in curve["before"]
 
 
 def test_unified_small_has_the_variance_of_torchs_default():

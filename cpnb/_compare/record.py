@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -148,6 +148,11 @@ class Record:
             raise ValueError(
                 f"{os.fspath(path)} has format {found!r}, expected {FORMAT!r} version "
                 f"{VERSION}. Move it away and compare again."
+            )
+        if read.keys() != (expected := {each.name for each in fields(cls)}):
+            raise ValueError(
+                f"{os.fspath(path)} has the fields {sorted(read)}, expected "
+                f"{sorted(expected)}. Move it away and compare again."
             )
         return cls(**read)
 

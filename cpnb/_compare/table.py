@@ -26,6 +26,7 @@ def row(record: Record) -> dict[str, Any]:
     return {
         "recipe": record.name,
         **dict(zip(TUNED, record.best or (None, None), strict=True)),
+        "failed": record.best is None and not record.missing("tune"),
         "n": len(good),
         "diverged": len(cells) - len(good),
         "test": spread([cell["test_accuracy"] for cell in good]),
@@ -44,7 +45,7 @@ def words(row: dict[str, Any]) -> list[str]:
 
     return [
         row["recipe"],
-        number("lr", "g") or "none works",
+        "none works" if row["failed"] else number("lr", "g"),
         number("weight_decay", "g"),
         percent(row["test"]),
         percent(row["validation"]),
