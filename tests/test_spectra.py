@@ -172,6 +172,17 @@ def test_report_counts_a_layer_with_a_kernel_once_and_names_the_others():
     assert list(spectrum_report(pair).layers) == ["Pair"]
 
 
+def test_repr_is_short_and_a_report_is_its_table():
+    layer = nn.Linear(3, 2)
+    with torch.no_grad():
+        layer.weight.copy_(torch.eye(2, 3))
+    assert repr(spectrum(layer)) == (
+        "Spectrum(2×3: κ 1, effective rank 2.0, stable rank 2.0 of 2)"
+    )
+    report = spectrum_report(layer)
+    assert repr(report) == str(report)
+
+
 def test_report_changes_nothing_in_a_model_that_updates_itself_when_looked_at():
     layer = parametrizations.spectral_norm(nn.Linear(5, 4))
     state = {name: value.clone() for name, value in layer.state_dict().items()}

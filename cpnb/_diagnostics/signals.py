@@ -32,7 +32,7 @@ class Signal:
     gradient: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SignalReport:
     """The signals of every layer of a model, in the order of its modules.
 
@@ -49,7 +49,7 @@ class SignalReport:
             for name, s in self.layers.items()
         ]
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         """A table in plain text."""
         return text_table(self._cells())
 

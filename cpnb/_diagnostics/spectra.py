@@ -33,7 +33,7 @@ def _entropy_rank(values: Sequence[float]) -> float:
     return entropy_rank(torch.tensor(values, dtype=torch.float64)).item()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Spectrum:
     """The singular values of a kernel's unfolding W₍₁₎, one row per output.
 
@@ -55,6 +55,15 @@ class Spectrum:
     row_norms: tuple[float, ...]
     rank: int
     lam: tuple[float, ...] | None = None
+
+    def __repr__(self) -> str:
+        """The shape and what follows from the values, not the values."""
+        return (
+            f"Spectrum({'×'.join(map(str, self.shape))}: "
+            f"κ {self.condition_number:.3g}, "
+            f"effective rank {self.effective_rank:.1f}, "
+            f"stable rank {self.stable_rank:.1f} of {len(self.singular_values)})"
+        )
 
     @property
     def condition_number(self) -> float:
@@ -174,7 +183,7 @@ def _of_layer(
     return lam, blocks.flatten(2), shape
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SpectrumReport:
     """The spectrum of every layer of a model.
 
@@ -188,7 +197,7 @@ class SpectrumReport:
         """One dict per layer."""
         return [{"layer": name} | s.to_row() for name, s in self.layers.items()]
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         """A table in plain text."""
         return text_table(self._cells())
 

@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,8 +32,8 @@ class EffectiveStep:
     """
 
     part: str
-    norms: tuple[float, ...]
-    rates: tuple[float, ...]
+    norms: tuple[float, ...] = field(repr=False)
+    rates: tuple[float, ...] = field(repr=False)
 
     @property
     def typical(self) -> float:
@@ -41,7 +41,7 @@ class EffectiveStep:
         return statistics.median(self.rates)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class StepReport:
     """The effective learning rates of a model's scale-invariant parameters.
 
@@ -95,7 +95,7 @@ class StepReport:
             for name, step in self.parameters.items()
         ]
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         """A table in plain text."""
         return text_table(self._cells())
 

@@ -44,7 +44,7 @@ class ScaleFigure:
             self._canvas = FigureCanvasAgg(self.figure)
             axes = self.figure.subplots(1, 3)
             self.figure.subplots_adjust(
-                left=0.06, right=0.99, bottom=0.165, top=0.87, wspace=0.25
+                left=0.07, right=0.99, bottom=0.165, top=0.87, wspace=0.25
             )
             self._panels = [
                 self._panel(ax, points, *names)
