@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrizations, parametrize
 
 from cpnb._checks import check_module
 from cpnb._normalizers.conditioned_cp import ConditionedCP
@@ -160,9 +160,18 @@ def _without_parametrizations(layer: nn.Module) -> nn.Module:
     }
     new.__class__ = parametrize.type_before_parametrizations(layer)
     del new.parametrizations
+    _drop_loading_hooks(new)
     others = new._parameters
     new._parameters = {}
     for name, tensor in computed.items():
         new.register_parameter(name, nn.Parameter(tensor.clone(), trained[name]))
     new._parameters |= others
     return new.train(layer.training)
+
+
+def _drop_loading_hooks(layer: nn.Module) -> None:
+    """Take off what weight norm adds to load old files, and cannot be pickled."""
+    hooks = layer._load_state_dict_pre_hooks
+    for key, hook in list(hooks.items()):
+        if getattr(hook, "hook", hook).__module__ == parametrizations.__name__:
+            del hooks[key]

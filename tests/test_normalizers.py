@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import pickle
 from functools import partial
 
 import pytest
@@ -518,6 +519,7 @@ def test_remove_normalizer_gives_stock_layers_and_the_same_function(name, cp):
     for training in (True, False):
         removed = cpnb.remove_normalizer(new.train(training))
         assert_stock(removed)
+        pickle.dumps(removed)
         assert all(module.training == training for module in removed.modules())
         assert not getattr(removed, "training_hooks", [])
         if name != "spectral" or not training:
