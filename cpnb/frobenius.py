@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from cpnb._checks import check_module, check_strength
+from cpnb._normalizers.conditioned_cp import ConditionedCP
 from cpnb.base import CPLayer
 from cpnb.cp import component_gram, inverse_norms
 from cpnb.hooks import Hook
@@ -143,6 +144,8 @@ def frobenius_gradients(layer: FactorizedLayer) -> list[tuple[Tensor, Tensor]]:
 
     For ``U M Vᵀ`` it is ``UMVᵀVMᵀ``, ``UᵀUMVᵀV`` and ``VMᵀUᵀUM``.
     """
+    if isinstance(layer, ConditionedCP):
+        return _conditioned_gradients(layer)
     if isinstance(layer, CPLayer):
         return _cp_gradients(layer)
     left, middle, right = layer.matrices
@@ -176,6 +179,16 @@ def _cp_gradients(layer: CPLayer) -> list[tuple[Tensor, Tensor]]:
         across = unit @ others - unit * (lam * pull)
         found.append((factor, across * inverses[n]))
     return found
+
+
+@torch.enable_grad()
+def _conditioned_gradients(layer: ConditionedCP) -> list[tuple[Tensor, Tensor]]:
+    """By autograd: the row scales depend on all factors."""
+    parameters = [
+        p for p in (layer.scale, layer.lam, *layer.factors) if p.requires_grad
+    ]
+    half = squared_norm(layer) / 2
+    return list(zip(parameters, torch.autograd.grad(half, parameters), strict=True))
 
 
 def factorized_layers(model: nn.Module) -> dict[str, FactorizedLayer]:

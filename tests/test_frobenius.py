@@ -11,6 +11,12 @@ import cpnb
 from cpnb import FrobeniusDecay, frobenius_decay
 
 FLOAT64 = {"dtype": torch.float64}
+
+
+def conditioned(layer, **options):
+    return cpnb.normalize(layer, "conditioned", gain="learnable", **options)
+
+
 LAYERS = {
     "linear UV": lambda: cpnb.LowRankLinear(7, 5, rank=3, **FLOAT64),
     "linear UMV": lambda: cpnb.LowRankLinear(7, 5, rank=3, middle=True, **FLOAT64),
@@ -25,6 +31,10 @@ LAYERS = {
     "CP unsigned": lambda: cpnb.CPConv2d(4, 6, 3, rank=5, signed=False, **FLOAT64),
     "CP vector": lambda: cpnb.CPLinear(7, 1, rank=3, **FLOAT64),
     "CP number": lambda: cpnb.CPLinear(1, 1, rank=3, **FLOAT64),
+    "CP conditioned": lambda: conditioned(cpnb.CPConv2d(4, 6, 3, rank=5, **FLOAT64)),
+    "CP conditioned, unsigned": lambda: conditioned(
+        cpnb.CPLinear(7, 5, rank=3, signed=False, **FLOAT64)
+    ),
 }
 every_layer = pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
 
