@@ -29,8 +29,8 @@ def refusal(layer: nn.Module) -> str | None:
     kinds = ", ".join(kind.__name__ for kind in CONVERTIBLE)
     if nn.utils.parametrize.is_parametrized(layer):
         return (
-            "it is parametrized; call torch.nn.utils.parametrize."
-            "remove_parametrizations first"
+            "it is parametrized; call cpnb.remove_normalizer first, which gives the "
+            "same function with stock layers"
         )
     if type(layer) not in CONVERTIBLE:
         return f"expected exactly one of {kinds}"

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
-from cpnb._checks import check_module
+from cpnb._checks import check_module, check_strength
 from cpnb.base import CPLayer
 from cpnb.lowrank_base import LowRankLayer
 
-_NORMS = (
+NORM_LAYERS = (
     nn.modules.batchnorm._NormBase,  # batch and instance norm
     nn.GroupNorm,
     nn.LayerNorm,
@@ -54,10 +53,7 @@ def param_groups(
     [(1, 0.0001), (3, 0.0)]
     """
     check_module(model)
-    if isinstance(weight_decay, bool) or not isinstance(weight_decay, int | float):
-        raise TypeError(f"weight_decay is {weight_decay!r}, expected a number >= 0.")
-    if not 0 <= weight_decay < math.inf:
-        raise ValueError(f"weight_decay is {weight_decay}, expected a number >= 0.")
+    weight_decay = check_strength(weight_decay, "weight_decay")
     spared = {
         id(p) for module in model.modules() for p in _without_decay(module, factors)
     }
@@ -65,7 +61,7 @@ def param_groups(
     groups = [
         {
             "params": [p for p in trained if id(p) not in spared],
-            "weight_decay": float(weight_decay),
+            "weight_decay": weight_decay,
         },
         {"params": [p for p in trained if id(p) in spared], "weight_decay": 0.0},
     ]
@@ -80,5 +76,6 @@ def _without_decay(module: nn.Module, factors: bool) -> Iterator[nn.Parameter]:
         spared |= {"left", "middle", "right"}
     for name, parameter in module.named_parameters():
         first, own = name.split(".")[0], "." not in name
-        if first in spared or (own and ("bias" in name or isinstance(module, _NORMS))):
+        always = "bias" in name or isinstance(module, NORM_LAYERS)
+        if first in spared or (own and always):
             yield parameter

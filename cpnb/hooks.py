@@ -14,8 +14,8 @@ class Hook:
     """Something `cpnb.fit` calls around every optimizer step; override what is needed.
 
     A step is ``before_forward``, forward and backward, ``before_step``, the optimizer's
-    step, ``after_step``. The same hook may serve several trainings, one after the
-    other: `start` comes first in each.
+    step, ``after_step``; an epoch of them ends with ``after_epoch``. The same hook may
+    serve several trainings, one after the other: `start` comes first in each.
     """
 
     def start(self, model: nn.Module, optimizer: Optimizer) -> None:
@@ -29,6 +29,9 @@ class Hook:
 
     def after_step(self, model: nn.Module, optimizer: Optimizer, step: int) -> None:
         """Called after the optimizer's step, to change weights."""
+
+    def after_epoch(self, model: nn.Module, optimizer: Optimizer) -> None:
+        """Called after the last step of an epoch, before the model is evaluated."""
 
     def stop(self, model: nn.Module) -> None:
         """Called once at the end, also after an error or Ctrl-C."""

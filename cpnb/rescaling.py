@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from cpnb._checks import check_count, check_module
+from cpnb._checks import check_count, check_module, check_positive
 from cpnb._rescaling.plan import Plan
 from cpnb._rescaling.state import check_optimizer
 from cpnb._tables import html_table, text_table
@@ -124,13 +123,13 @@ def rescale_(
 
 
 class Rescaling(Hook):
-    """Rescale after every ``every``-th optimizer step, with the optimizer's state.
+    """Rescale after optimizer steps, together with the optimizer's state.
 
     Args:
         mode: As in `rescale_`.
         c: As in `rescale_`.
-        every: Steps between two sweeps: 1 for each step; for once an epoch the number
-            of steps in an epoch, ``math.ceil(images / batch_size)``.
+        every: Steps from one sweep to the next, 1 for a sweep after each step; or
+            ``"epoch"`` for a single one after the last step of an epoch.
         before_norm: As in `rescale_`.
 
     Raises:
@@ -149,11 +148,13 @@ class Rescaling(Hook):
         mode: str = "unit",
         c: float = 1.0,
         *,
-        every: int = 1,
+        every: int | str = 1,
         before_norm: bool = False,
     ) -> None:
         self.mode, self.c = mode, _check_settings(mode, c)
-        self.every = check_count(every, "every")
+        if isinstance(every, str) and every != "epoch":
+            raise ValueError(f"every is {every!r}, expected 'epoch' or steps >= 1.")
+        self.every = every if every == "epoch" else check_count(every, "every")
         self.before_norm = before_norm
         self._plan: Plan | None = None
 
@@ -164,10 +165,18 @@ class Rescaling(Hook):
 
     def after_step(self, model: nn.Module, optimizer: Optimizer, step: int) -> None:
         """Rescale, if it is time to. Weights that are not finite stay as they are."""
-        if (step + 1) % self.every == 0:
-            scales = self._plan.scales(self.mode, self.c)
-            # The gradients have had their step.
-            self._plan.apply_(scales, optimizer, gradients=False)
+        if self.every != "epoch" and (step + 1) % self.every == 0:
+            self._sweep(optimizer)
+
+    def after_epoch(self, model: nn.Module, optimizer: Optimizer) -> None:
+        """Rescale, if it is to be once an epoch."""
+        if self.every == "epoch":
+            self._sweep(optimizer)
+
+    def _sweep(self, optimizer: Optimizer) -> None:
+        scales = self._plan.scales(self.mode, self.c)
+        # The gradients have had their step.
+        self._plan.apply_(scales, optimizer, gradients=False)
 
     def stop(self, model: nn.Module) -> None:
         """Let go of the model."""
@@ -175,7 +184,7 @@ class Rescaling(Hook):
 
     def __repr__(self) -> str:
         """Class and settings."""
-        text = f"mode={self.mode!r}, c={self.c}, every={self.every}"
+        text = f"mode={self.mode!r}, c={self.c}, every={self.every!r}"
         if self.before_norm:
             text += ", before_norm=True"
         return f"{type(self).__name__}({text})"
@@ -184,11 +193,7 @@ class Rescaling(Hook):
 def _check_settings(mode: str, c: float) -> float:
     if mode not in MODES:
         raise ValueError(f"mode is {mode!r}, expected one of {MODES}.")
-    if isinstance(c, bool) or not isinstance(c, int | float):
-        raise TypeError(f"c is {c!r}, expected a number above 0.")
-    if not (math.isfinite(c) and c > 0):
-        raise ValueError(f"c is {c}, expected a finite number above 0.")
-    return float(c)
+    return check_positive(c, "c")
 
 
 def _range(values: Tensor) -> str:

@@ -129,7 +129,7 @@ def component_order(layer: CPLayer, key: str = "lam") -> Tensor:
     if nn.utils.parametrize.is_parametrized(layer):
         raise TypeError(
             f"layer is a parametrized {type(layer).__name__}, whose parameters cannot "
-            "be cut. Call torch.nn.utils.parametrize.remove_parametrizations first."
+            "be cut. Call cpnb.remove_normalizer(model, keep_cp=True) first."
         )
     if key not in KEYS:
         raise ValueError(f"key is {key!r}, expected one of {KEYS}.")

@@ -98,7 +98,7 @@ def test_param_groups_move_only_what_decays_when_gradients_are_zero():
         ("net", 0.1, TypeError, "model is a str"),
         (nn.Linear(2, 2), "0.1", TypeError, "weight_decay is '0.1', expected a number"),
         (nn.Linear(2, 2), True, TypeError, "weight_decay is True"),
-        (nn.Linear(2, 2), -0.1, ValueError, "weight_decay is -0.1, expected a number"),
+        (nn.Linear(2, 2), -0.1, ValueError, "weight_decay is -0.1, expected a finite"),
         (nn.Linear(2, 2), float("nan"), ValueError, "weight_decay is nan"),
     ],
     ids=["model", "text", "bool", "negative", "nan"],

@@ -119,7 +119,7 @@ def test_largest_eigenvalue_is_found_beside_larger_negative_ones(
     curves, value, magnitude, dominates
 ):
     pair = torch.zeros(3, 1, dtype=torch.float64), torch.zeros(3, dtype=torch.long)
-    found = top(Quadratic(curves), pair, iterations=2000, tolerance=1e-4)
+    found = top(Quadratic(curves), pair, iterations=200, tolerance=1e-4)
     assert found.converged
     assert found.value == pytest.approx(value, abs=1e-5)
     assert found.magnitude == pytest.approx(magnitude, rel=1e-6)

@@ -165,7 +165,7 @@ def test_slice_shows_its_progress(batch, capsys):
     [
         ({"directions": 3}, "directions is 3, expected 1 or 2"),
         ({"points": 1}, "points is 1, expected at least 2"),
-        ({"span": 0}, "span is 0, expected a positive number"),
+        ({"span": 0}, "span is 0, expected a finite number above 0"),
         ({"span": math.inf}, "span is inf"),
         ({"chunk_size": 0}, "chunk_size is 0"),
     ],

@@ -127,7 +127,7 @@ def test_zero_part_has_an_infinite_rate(batch):
 
 
 def test_report_refuses_bad_arguments(batch):
-    with pytest.raises(ValueError, match="lr is 0, expected a positive number"):
+    with pytest.raises(ValueError, match="lr is 0, expected a finite number above 0"):
         step_report(NETS["plain"][0], batch, 0)
     with pytest.raises(TypeError, match="model is a list"):
         step_report([], batch, 0.1)

@@ -146,7 +146,7 @@ def with_hook():
             nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 3))),
             {},
             TypeError,
-            "it is parametrized; call torch.nn.utils.parametrize.remove",
+            "it is parametrized; call cpnb.remove_normalizer first",
         ),
         (with_hook(), {}, TypeError, "it has hooks, which would be lost"),
         (

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cpnb._checks import check_count
+from cpnb._checks import check_count, check_positive
 from cpnb._diagnostics.measuring import Chunks, as_measured, read_chunks, summed_loss
 
 
@@ -101,7 +101,7 @@ def top_hessian_eigenvalue(
     2.0
     """
     iterations = check_count(iterations, "iterations")
-    if not 0 < tolerance < 1:
+    if not check_positive(tolerance, "tolerance") < 1:
         raise ValueError(f"tolerance is {tolerance}, expected a number in (0, 1).")
     chunks = read_chunks(model, data, chunk_size)
     parameters = [p for p in model.parameters() if p.requires_grad]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from cpnb._checks import check_count, check_module
+from cpnb._checks import check_count, check_module, check_positive
 from cpnb._diagnostics.measuring import as_measured, read_chunks, summed_loss
 from cpnb.base import CPLayer
 
@@ -138,8 +138,7 @@ def loss_slice(
     if directions not in (1, 2):
         raise ValueError(f"directions is {directions!r}, expected 1 or 2.")
     points = check_count(points, "points", least=2)
-    if not 0 < span < math.inf:
-        raise ValueError(f"span is {span}, expected a positive number.")
+    span = check_positive(span, "span")
     chunks = read_chunks(model, data, chunk_size)
     count = sum(len(labels) for _, labels in chunks)
     lines = [filter_directions(model, generator=generator) for _ in range(directions)]

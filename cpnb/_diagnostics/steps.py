@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from cpnb._checks import check_module
+from cpnb._checks import check_module, check_positive
 from cpnb._diagnostics.measuring import as_measured
 from cpnb._tables import html_table, text_table
 from cpnb.evaluation import images_and_labels, placement
@@ -146,8 +146,7 @@ def step_report(model: nn.Module, data: Any, lr: float) -> StepReport:
     [('factors.0', 3, 'column'), ('factors.1', 3, 'column')]
     """
     check_module(model)
-    if not lr > 0:
-        raise ValueError(f"lr is {lr}, expected a positive number.")
+    lr = check_positive(lr, "lr")
     images, _ = images_and_labels(data, "train")
     images = images[:_IMAGES].to(*placement(model, images))
     found = {}

@@ -9,17 +9,12 @@ from torch import Tensor, nn
 
 from cpnb._checks import check_count
 from cpnb._normalizers.base import FACTORISED, chosen_layers, refuse_options
+from cpnb.decay import NORM_LAYERS
 from cpnb.surgery import Skip, replace_layers
 
 _BATCH = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 # The order of the kernel before each, where that leaves a choice the one with an axis.
 _ORDERS = {nn.BatchNorm1d: 3, nn.BatchNorm2d: 4, nn.BatchNorm3d: 5}
-_NORMS = (
-    nn.modules.batchnorm._NormBase,
-    nn.GroupNorm,
-    nn.LayerNorm,
-    nn.RMSNorm,
-)
 
 # Makes the norm for some channels behind a kernel of some order, 2 if it is linear.
 Make = Callable[[int, int], nn.Module]
@@ -56,7 +51,7 @@ def _with_norms(model: nn.Module, skip: Skip, output: bool, make: Make) -> nn.Mo
     norms = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, _NORMS)
+        if isinstance(module, NORM_LAYERS)
     }
     if norms:
         why = "for a model with norm layers, which are exchanged where they stand"

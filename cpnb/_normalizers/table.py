@@ -56,7 +56,7 @@ def _scaling(
     *,
     mode: str = "unit",
     c: float = 1.0,
-    every: int = 1,
+    every: int | str = 1,
     before_norm: bool = False,
 ) -> nn.Module:
     why = "for 'scaling', which moves weights from each layer into the next"

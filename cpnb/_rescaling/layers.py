@@ -103,10 +103,10 @@ class Layer:
 
 def unfit(module: nn.Module) -> str | None:
     """Why a layer cannot be scaled, or None."""
-    if is_parametrized(module):
+    if is_parametrized(module) or getattr(module, "equilibration", None):
         return (
-            "is parametrized, and its weight would be computed anew; expected plain "
-            "parameters. Call torch.nn.utils.parametrize.remove_parametrizations."
+            "is normalised, and its weight would be computed anew; expected plain "
+            "parameters. Call cpnb.remove_normalizer first."
         )
     if type(module) not in WEIGHTED and type(module) not in NORMS:
         kinds = ", ".join(kind.__name__ for kind in (*WEIGHTED, *NORMS))

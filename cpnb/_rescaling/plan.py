@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cpnb._rescaling.graph import read_layers
+from cpnb._rescaling.layers import WEIGHTED
 from cpnb._rescaling.state import carry_state_
 
 LIMIT = 1e6  # no single sweep scales a unit by more, up or down
@@ -29,8 +30,14 @@ class Plan:
         """Read the model.
 
         Raises:
-            ValueError: If a scale cannot be followed through the model.
+            ValueError: If a scale cannot be followed through the model, or it is a
+                single layer.
         """
+        if isinstance(model, tuple(WEIGHTED)):
+            raise ValueError(
+                f"model is a {type(model).__name__}, a single layer, whose inputs and "
+                "outputs keep their scale. Expected a model of several layers."
+            )
         self.layers = read_layers(model, before_norm)
         if not self.layers:
             raise ValueError(

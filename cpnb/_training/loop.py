@@ -116,6 +116,8 @@ class Training:
         start, count = time.perf_counter(), len(self.source.labels)
         self.networks.models[0].train()
         self._take_steps((epoch - 1) * len(self.slices), bar)
+        for hook in self.hooks:
+            hook.after_epoch(self.networks.models[0], self.optimizer)
         losses, shares = (self.totals / count).tolist()
         seconds = (time.perf_counter() - start) / len(self.runs)
         self.networks.collect(self._active())
