@@ -60,7 +60,7 @@ def rank_sweep(
         progress: Whether to show a progress bar.
 
     Returns:
-        The table; the point at full rank is always in it.
+        The table; a finished one also holds the network at full rank.
 
     Raises:
         TypeError: If ``data``, ``layers`` or ``ranks`` has the wrong type.
@@ -79,13 +79,10 @@ def rank_sweep(
     sweeper = Sweeper(meter, int(memory * MIB))
     sweep.methods = sweeper.methods
     plan = _distinct(sweep, positions)
-    images = len(meter.images)
-    total = images * (1 + sum(map(len, plan.values())))
+    total = len(meter.images) * sum(map(len, plan.values()))
     bar = {"unit": "image", "unit_scale": True, "disable": not progress}
     with tqdm(total=total, desc="rank sweep", **bar) as steps:
         try:
-            sweep.add(sweep.ranks, *meter.measure(sweep.ranks))
-            steps.update(images)
             for axis, points in plan.items():
                 for ranks, measured in sweeper.measure(axis, points, steps.update):
                     sweep.add(ranks, *measured)
@@ -97,13 +94,15 @@ def rank_sweep(
 def _distinct(
     sweep: RankSweep, positions: Mapping[str, list[float]]
 ) -> dict[str, list[dict[str, int]]]:
-    """Truncations to measure on each axis, none twice, full rank left out."""
-    seen = {tuple(sweep.ranks.values())}
+    """Truncations to measure on each axis, none twice; full rank on the first one."""
+    seen: set[tuple[int, ...]] = set()
     plan: dict[str, list[dict[str, int]]] = {}
     for axis, places in positions.items():
-        for place in places:
-            cut = sweep.ranks_at(place) if axis == GLOBAL else {axis: place}
-            point = sweep.ranks | cut
+        cuts = [
+            sweep.ranks_at(place) if axis == GLOBAL else {axis: place}
+            for place in places
+        ]
+        for point in [sweep.ranks | cut for cut in (*cuts, {})]:
             if (ranks := tuple(point.values())) not in seen:
                 seen.add(ranks)
                 plan.setdefault(axis, []).append(point)

@@ -29,9 +29,11 @@ class ConvFan:
         """Bring λ and the output factor together."""
         self._ranked = ranked
         self._pool = tuple(pool) or (1,) * len(ranked.layer.kernel_size)
-        groups = ranked.layer.groups
+        self._pooling = math.prod(self._pool) > 1
+        self._grouped = ranked.layer.groups > 1
         # (groups, rank, out / groups): rows are what a component adds to the channels.
-        self._mix = ranked.factors[0].unflatten(0, (groups, -1)).transpose(1, 2)
+        output = ranked.factors[0].unflatten(0, (ranked.layer.groups, -1))
+        self._mix = output.transpose(1, 2).contiguous()
         self._weighted = self._mix * self._row(ranked.layer.rank)
 
     def start(self, images: Tensor, top: int) -> None:
@@ -75,31 +77,27 @@ class ConvFan:
         out = windows.new_empty(len(ranks), *windows.shape[1:])
         for slot, rank in zip(out, ranks, strict=True):
             self._advance(rank)
-            if len(windows) == 1:
-                slot.copy_(windows[0])
-            else:
+            if self._pooling:
                 torch.amax(windows, 0, out=slot)
+            else:
+                slot.copy_(windows[0])
         return out.view(len(ranks) * batch, *size, channels).movedim(-1, 1)
 
     def _advance(self, rank: int) -> None:
-        if not self._ranked.refit:
-            new = slice(self._rank, rank)
-            self._add(self._branches[:, new], self._weighted[:, new])
-        elif rank != self._rank:
-            self._sum.copy_(self._bias(len(self._sum)))
-            weighted = self._mix[:, :rank] * self._row(rank)
-            self._add(self._branches[:, :rank], weighted)
-        self._rank = rank
-
-    def _add(self, branches: Tensor, weighted: Tensor) -> None:
-        """Add components, (groups, new, positions) by (groups, new, out / groups)."""
-        if not branches.shape[1]:
+        """Bring the running sum to a rank."""
+        if rank == self._rank:
             return
-        if len(branches) == 1:
-            self._sum.addmm_(branches[0].T, weighted[0])
-        else:
-            added = torch.bmm(branches.transpose(1, 2), weighted)
+        new, weighted = slice(self._rank, rank), self._weighted
+        if self._ranked.refit:  # every λ has changed
+            new, weighted = slice(rank), self._mix[:, :rank] * self._row(rank)
+            self._sum.copy_(self._bias(len(self._sum)))
+        self._rank = rank
+        if self._grouped:
+            branches = self._branches[:, new].transpose(1, 2)
+            added = torch.bmm(branches, weighted[:, new])
             self._sum += added.transpose(0, 1).flatten(1)
+        else:
+            self._sum.addmm_(self._branches[0, new].T, weighted[0, new])
 
     def _row(self, rank: int) -> Tensor:
         return self._ranked.lam(rank).to(self._mix.dtype)[:, None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,8 @@ from cpnb._sweep.graph import CannotShare, NetworkGraph, Node, Profile
 from cpnb.base import CPLayer
 from cpnb.conv import CPConv1d, CPConv2d, CPConv3d
 from cpnb.linear import CPLinear
+
+Ranks = Mapping[str, int]
 
 CONVOLUTIONS = (CPConv1d, CPConv2d, CPConv3d)
 _RELU = (F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_", nn.ReLU)
@@ -68,6 +71,16 @@ class Route:
             ("edges", [n for n in (self.graph.input, *shared) if n in sources]),
         ):
             object.__setattr__(self, name, value)
+
+    def segments(self, points: Sequence[Ranks]) -> list[list[Ranks]]:
+        """Part truncations into runs that differ only where they may."""
+        if self.fan is None:
+            return [[point] for point in points]
+
+        def fixed(point: Ranks) -> list[int]:
+            return [rank for name, rank in point.items() if name not in self.free]
+
+        return [list(run) for _, run in groupby(points, fixed)]
 
 
 def fan_route(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby, pairwise
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from cpnb._sweep.fan import ConvFan, LinearFan
 from cpnb._sweep.graph import Node, Values
 from cpnb._sweep.ranked import RankedLayer
-from cpnb._sweep.route import Route
+from cpnb._sweep.route import Ranks, Route
 from cpnb.base import CPLayer
+from cpnb.evaluation import innermost
 from cpnb.linear import CPLinear
-
-Ranks = Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -41,14 +40,24 @@ class SharedEvaluation:
     Args:
         route: What is shared, and where the ranks fan out.
         ranked: The CP layers by name.
+        packed: Whether to compute images with the channels innermost, which is
+            faster, but unknown to networks that call ``view``.
 
     Attributes:
+        route: The route.
         fan: What computes the layer that fans out; None without one.
     """
 
-    def __init__(self, route: Route, ranked: Mapping[str, RankedLayer]) -> None:
+    def __init__(
+        self,
+        route: Route,
+        ranked: Mapping[str, RankedLayer],
+        *,
+        packed: bool = False,
+    ) -> None:
         """Prepare the layer that fans out."""
-        self._route, self._graph, self._ranked = route, route.graph, ranked
+        self._packed = packed
+        self.route, self._graph, self._ranked = route, route.graph, ranked
         self._linear = {
             name: LinearFan(ranked[name])
             for name in route.free
@@ -66,16 +75,6 @@ class SharedEvaluation:
         else:
             self._always.update(route.fan.all_input_nodes)
 
-    def segments(self, points: Sequence[Ranks]) -> list[list[Ranks]]:
-        """Part truncations into runs that differ only where they may."""
-        if self.fan is None:
-            return [[point] for point in points]
-
-        def fixed(point: Ranks) -> list[int]:
-            return [r for name, r in point.items() if name not in self._route.free]
-
-        return [list(run) for _, run in groupby(points, fixed)]
-
     def scores(
         self, images: Tensor, segments: Sequence[Sequence[Ranks]], sizes: Sizes
     ) -> Iterator[tuple[Sequence[Ranks], slice, Tensor]]:
@@ -83,7 +82,7 @@ class SharedEvaluation:
 
         Args:
             images: The chunk.
-            segments: Truncations, as `segments` parts them.
+            segments: Truncations, as `Route.segments` parts them.
             sizes: How much to compute at once.
 
         Yields:
@@ -108,7 +107,7 @@ class SharedEvaluation:
 
     def values(self, images: Tensor) -> Values:
         """The values to start from."""
-        return {self._graph.input: images}
+        return {self._graph.input: innermost(images) if self._packed else images}
 
     def share(
         self,
@@ -121,7 +120,7 @@ class SharedEvaluation:
         changed = {n for n in ranks if before is None or ranks[n] != before[n]}
         stale = [
             node
-            for node in self._route.shared
+            for node in self.route.shared
             if before is None or not changed.isdisjoint(self._graph.above[node])
         ]
         named = self._graph.named
@@ -134,16 +133,15 @@ class SharedEvaluation:
 
     def start(self, values: Values, rows: slice, segment: Sequence[Ranks]) -> None:
         """Take some of the images to the layer that fans out."""
-        top = max(point[self._route.layer] for point in segment)
-        (source,) = self._route.fan.all_input_nodes
+        top = max(point[self.route.layer] for point in segment)
+        (source,) = self.route.fan.all_input_nodes
         self.fan.start(values[source][rows], top)
 
     def finish(self, values: Values, rows: slice, group: Sequence[Ranks]) -> Tensor:
         """Scores of some truncations on the images taken with `start`."""
-        route, graph, count = self._route, self._graph, len(group)
-        after: Values = {
-            route.fan: self.fan.outputs([point[route.layer] for point in group])
-        }
+        route, graph, count = self.route, self._graph, len(group)
+        outputs = self.fan.outputs([point[route.layer] for point in group])
+        after = {route.fan: outputs if self._packed else outputs.contiguous()}
         for edge in route.edges:
             value = values[edge]
             if edge in graph.varying:
@@ -152,7 +150,7 @@ class SharedEvaluation:
         replaced = {
             node: self._after(name, [point[name] for point in group])
             for node, name in graph.named.items()
-            if node in self._route.batched
+            if node in self.route.batched
         }
         if route.pooled is not None:
             replaced[route.pooled] = lambda value, *_, **__: value
@@ -164,7 +162,7 @@ class SharedEvaluation:
         kept, above = set(self._always), self._graph.above
         for (one, *_), (other, *_) in pairwise(segments):
             changed = {name for name in one if one[name] != other[name]}
-            for node in self._route.shared:
+            for node in self.route.shared:
                 if not changed.isdisjoint(above[node]):
                     kept.update(
                         source

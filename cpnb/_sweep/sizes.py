@@ -8,7 +8,8 @@ from torch import Tensor
 
 from cpnb._sweep.fan import ConvFan
 from cpnb._sweep.memory import MIB, peak_of
-from cpnb._sweep.shared import Ranks, SharedEvaluation, Sizes
+from cpnb._sweep.route import Ranks
+from cpnb._sweep.shared import SharedEvaluation, Sizes
 from cpnb.base import CPLayer
 
 GROUP = 64
@@ -82,7 +83,7 @@ def fitting_sizes(
     Raises:
         ValueError: If a single image at a single rank takes more.
     """
-    segments = evaluation.segments(points)
+    segments = evaluation.route.segments(points)
     keep, point = evaluation.kept(segments), points[-1]
 
     def share(images: Tensor) -> dict:

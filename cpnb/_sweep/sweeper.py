@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cpnb._sweep.fan import LinearFan
 from cpnb._sweep.graph import CannotShare, NetworkGraph, Profile
 from cpnb._sweep.meter import Measurement, RankMeter
 from cpnb._sweep.points import GLOBAL
-from cpnb._sweep.route import Route, fan_route, global_route
-from cpnb._sweep.shared import Ranks, SharedEvaluation, Sizes
+from cpnb._sweep.route import Ranks, Route, fan_route, global_route
+from cpnb._sweep.shared import SharedEvaluation, Sizes
 from cpnb._sweep.sizes import fitting, fitting_sizes
 from cpnb.evaluation import check_scores, placement
 
@@ -76,7 +77,10 @@ class Sweeper:
             *(evaluation, points, self._few, self._layers.values()),
             *(self._memory, self._meter.batch_size),
         )
-        for band in _bands(evaluation.segments(points)):
+        # After a linear layer a rank costs little against the part that is shared.
+        linear = isinstance(evaluation.fan, LinearFan)
+        size = len(points) if linear else BAND
+        for band in _bands(evaluation.route.segments(points), size):
             yield from self._measure_band(evaluation, band, sizes, advance)
 
     @torch.no_grad()
@@ -96,8 +100,7 @@ class Sweeper:
             labels = chunk[1].to(self._device, torch.long)
             for group, rows, scores in evaluation.scores(images, band, sizes):
                 target = labels[rows]
-                for one in scores:
-                    check_scores(one, len(target), largest)
+                check_scores(scores.flatten(0, 1), len(group) * len(target), largest)
                 for point, total in zip(group, _totals(scores, target), strict=True):
                     totals[id(point)] += total
                 advance(len(group) * len(target))
@@ -115,27 +118,38 @@ class Sweeper:
             self.methods[axis] = f"one by one: {self._reason}"
             return None
         try:
-            evaluation = SharedEvaluation(self._route(axis), self._meter.ranked)
-            if 2 * len(evaluation.segments(points)) > len(points) > 1:
-                raise CannotShare("other layers change with nearly every step")
-            self._check(evaluation, points)
+            evaluation = self._checked(self._route(axis, points), points)
             self.methods[axis] = "together"
+            return evaluation
         except CannotShare as error:
             self.methods[axis] = f"one by one after what they share: {error}"
-        else:
-            return evaluation
         try:
-            evaluation = SharedEvaluation(Route(self._graph), self._meter.ranked)
-            self._check(evaluation, points)
+            return self._checked(Route(self._graph), points)
         except CannotShare as error:
             self.methods[axis] = f"one by one: {error}"
             return None
-        return evaluation
 
-    def _route(self, axis: str) -> Route:
-        if axis == GLOBAL:
-            return global_route(self._graph, self._profile, self._layers)
-        return fan_route(self._graph, self._profile, self._layers, axis)
+    def _checked(self, route: Route, points: Sequence[Ranks]) -> SharedEvaluation:
+        """The way to evaluate along a route, in the faster layout if that works."""
+
+        def checked(packed: bool) -> SharedEvaluation:
+            evaluation = SharedEvaluation(route, self._meter.ranked, packed=packed)
+            self._check(evaluation, points)
+            return evaluation
+
+        try:
+            return checked(packed=True)
+        except CannotShare:
+            return checked(packed=False)
+
+    def _route(self, axis: str, points: Sequence[Ranks]) -> Route:
+        given = (self._graph, self._profile, self._layers)
+        if axis != GLOBAL:
+            return fan_route(*given, axis)
+        route = global_route(*given)
+        if 2 * len(route.segments(points)) > len(points) > 1:
+            raise CannotShare("other layers change with nearly every step")
+        return route
 
     @torch.no_grad()
     def _check(self, evaluation: SharedEvaluation, points: Sequence[Ranks]) -> None:
@@ -144,7 +158,7 @@ class Sweeper:
         expected = torch.stack(
             [self._meter.truncated(point)(self._few) for point in ends]
         )
-        segments, count = evaluation.segments(ends), len(self._few)
+        segments, count = evaluation.route.segments(ends), len(self._few)
         try:
             # First one rank after the other, as it may change what they share.
             found = [
@@ -170,13 +184,15 @@ def _totals(scores: Tensor, target: Tensor) -> Tensor:
     return torch.stack([correct, losses.view(len(scores), -1).sum(1)], 1).cpu()
 
 
-def _bands(segments: Sequence[Sequence[Ranks]]) -> Iterator[list[Sequence[Ranks]]]:
-    """Segments, cut where they are long, in bands of about BAND truncations."""
+def _bands(
+    segments: Sequence[Sequence[Ranks]], size: int
+) -> Iterator[list[Sequence[Ranks]]]:
+    """Segments, cut where they are long, in bands of about ``size`` truncations."""
     band: list[Sequence[Ranks]] = []
     for segment in segments:
-        for first in range(0, len(segment), BAND):
-            band.append(segment[first : first + BAND])
-            if sum(map(len, band)) >= BAND:
+        for first in range(0, len(segment), size):
+            band.append(segment[first : first + size])
+            if sum(map(len, band)) >= size:
                 yield band
                 band = []
     if band:
