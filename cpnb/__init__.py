@@ -53,6 +53,7 @@ from cpnb.factorization import factorize, first_and_last
 from cpnb.fine_tuning import TruncationStage, fine_tune, truncate_gradually
 from cpnb.frobenius import FrobeniusDecay, frobenius_decay
 from cpnb.hooks import Hook
+from cpnb.importance import component_order
 from cpnb.initializers import INITIALIZERS, gaussian, unified, uniform
 from cpnb.linear import CPLinear
 from cpnb.lowrank import LowRankConv2d, LowRankLinear
@@ -60,6 +61,7 @@ from cpnb.models import AlexNet, DigitsNet, LeNet
 from cpnb.nested import NestedRank
 from cpnb.normalizers import NORMALIZERS, Normalizer, normalize, remove_normalizer
 from cpnb.nuclear import FactorNorms, factor_norms
+from cpnb.probing import output_gram
 from cpnb.proximal import ProximalL1, nonzero_ranks
 from cpnb.ranks import break_even_rank, resolve_rank
 from cpnb.recipes import Recipe
@@ -71,7 +73,7 @@ from cpnb.surgery import canonicalize, cp_layers, from_layer, to_dense
 from cpnb.sweep import RankSweep, rank_sweep
 from cpnb.tai import tai, tai_decompose
 from cpnb.training import Run, fast_mode, fit
-from cpnb.truncation import component_order, kept_rank, select_components, truncate
+from cpnb.truncation import kept_rank, select_components, truncate
 from cpnb.unified import unified_variance
 
 __version__ = "0.1.0"
@@ -176,6 +178,7 @@ __all__ = [
     "nonzero_ranks",
     "normalize",
     "normalize_columns",
+    "output_gram",
     "param_groups",
     "plots",
     "power_method",

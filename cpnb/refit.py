@@ -1,5 +1,6 @@
 """Least squares for the λ of the components that stay."""
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -62,3 +63,32 @@ def refit_lam(lam: Tensor, gram: Tensor, index: Tensor) -> Tensor:
     error[index] = -moved
     # Where the kept components are all but dependent, rounding may make it worse.
     return lam[index] + moved * (error @ gram @ error <= before)
+
+
+@torch.no_grad()
+def keep_components(
+    layer: CPLayer, index: Tensor, lam: Tensor | None = None
+) -> CPLayer:
+    """Copy a layer with some of its components, as they are or with other λ.
+
+    Args:
+        layer: A CP layer.
+        index: The components, distinct, in the order they are to have.
+        lam: Their λ with σ folded in; as they are if None. Shape as ``index``.
+
+    Returns:
+        A copy of rank ``len(index)``.
+    """
+    cut = copy.deepcopy(layer)
+    cut._resize(len(index))
+    for new, old in zip(cut.factors, layer.factors, strict=True):
+        new.copy_(old[:, index])
+    if lam is None:
+        cut.lam.copy_(layer.lam[index])
+        return cut
+    scale = layer.scale.double()
+    lam = lam / torch.where(scale == 0, 1, scale)
+    if not layer.signed and len(cut.factors):  # |λ| is used: the signs move elsewhere
+        cut.factors[0].mul_(torch.where(lam < 0, -1, 1))
+    cut.lam.copy_(lam)
+    return cut

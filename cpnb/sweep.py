@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from cpnb._checks import check_positive
@@ -25,9 +26,10 @@ def rank_sweep(
     ranks: Iterable[int] | Mapping[str, Iterable[float]] | None = None,
     *,
     key: str = "lam",
-    refit: bool = False,
+    refit: bool | str = False,
     batch_size: int = 1000,
     memory: float = 1024,
+    generator: torch.Generator | None = None,
     progress: bool = True,
 ) -> RankSweep:
     """Measure accuracy, loss, kernel error and size of a network at many ranks.
@@ -52,11 +54,14 @@ def rank_sweep(
             the components. None takes every rank of a layer of at most 128 and about
             64 ranks of a larger one, among them 1, break-even and full rank, and
             every percent for ``"*"``.
-        key: Importance that orders the components, see :func:`truncate`.
-        refit: Whether to re-solve λ after each cut.
+        key: Importance that orders the components, see :func:`component_order`. Keys
+            on images take them from the training split of a data set, and the images
+            themselves of a pair.
+        refit: Whether and how to re-solve λ after each cut, see :func:`truncate`.
         batch_size: Most images per forward pass.
         memory: MiB that the tensors of a forward pass may take, apart from the network
             and the images. Less of it makes smaller batches, not other results.
+        generator: Of the random key; None draws the same order every time.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -64,14 +69,23 @@ def rank_sweep(
 
     Raises:
         TypeError: If ``data``, ``layers`` or ``ranks`` has the wrong type.
-        ValueError: If the model has no CP layer, a name is unknown, or a rank is
-            outside its layer, or ``memory`` is too small for one image.
+        ValueError: If the model has no CP layer, ``key``, ``refit`` or a name is
+            unknown, a rank is outside its layer, or ``memory`` is too small for one
+            image.
     """
     from tqdm import tqdm
 
     memory = check_positive(memory, "memory")
 
-    meter = RankMeter(model, data, key=key, refit=refit, batch_size=batch_size)
+    meter = RankMeter(
+        model,
+        data,
+        key=key,
+        refit=refit,
+        batch_size=batch_size,
+        generator=generator,
+        progress=progress,
+    )
     sweep = meter.table
     positions = plan_positions(sweep, layers, ranks)
     sweep.axes = tuple(positions)

@@ -1,18 +1,18 @@
 """Truncation: drop components of trained CP layers, and say honestly what it costs."""
 
-import copy
 from collections.abc import Mapping, Sequence
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cpnb._checks import check_count
 from cpnb.base import CPLayer
-from cpnb.refit import finite_components, refit_lam, unit_gram
+from cpnb.importance import ranked_layers
+from cpnb.refit import finite_components, keep_components, refit_lam, unit_gram
 from cpnb.surgery import cp_layers, replace_layers
 
-KEYS = ("lam", "greedy", "nested")
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _HINT = " For a fraction use keep."
 
@@ -23,7 +23,10 @@ def truncate(
     rank: int | Mapping[str, int] | None = None,
     keep: float | None = None,
     key: str = "lam",
-    refit: bool = False,
+    refit: bool | str = False,
+    data: Any = None,
+    generator: torch.Generator | None = None,
+    progress: bool = True,
 ) -> nn.Module:
     """Copy a model, or one CP layer, with only its most important components.
 
@@ -39,15 +42,24 @@ def truncate(
         key: ``"lam"`` keeps the largest |λ|, as the paper; ``"greedy"`` removes one
             component at a time, always the one that changes the kernel least;
             ``"nested"`` keeps the first ones, after training with `cpnb.NestedRank`.
-        refit: Re-solve λ for the components that stay, by least squares on the kernel.
+            ``"gradient"``, ``"hessian"`` and ``"activation"`` look at images,
+            ``"random"`` is a control: see `component_order`.
+        refit: Re-solve λ for the components that stay by least squares: True or
+            ``"weight"`` on the kernel, ``"data"`` on the outputs of the layer for the
+            inputs that it has in the whole network.
+        data: Images for what looks at them: a data set, of which 1,000 training images
+            are used, or a split or a pair ``(images, labels)``, used whole.
+        generator: Of the random key; None draws the same order every time.
+        progress: Whether to show a bar when images take more than two seconds.
 
     Returns:
         A truncated copy; the source is not touched.
 
     Raises:
-        TypeError: If ``rank`` is not an int or a mapping of ints.
-        ValueError: If neither or both of ``rank`` and ``keep`` are given, or one is out
-            of range, or ``key`` or a layer name is unknown, or λ is not finite.
+        TypeError: If ``rank`` is not an int or a mapping of ints, or there is no data
+            for what looks at it.
+        ValueError: If neither or both of ``rank`` and ``keep`` are given, one is out of
+            range, ``key``, ``refit`` or a layer name is unknown, or λ is not finite.
 
     Source: Veeramacheneni et al. 2022, arXiv:2206.01509 (its code sorts by signed λ;
     this sorts by |λ|).
@@ -56,14 +68,17 @@ def truncate(
     >>> truncate(CPLinear(20, 10, rank=6), keep=0.5)
     CPLinear(20, 10, rank=3 (0.43 of break-even 7))
     """
-    layers = cp_layers(model)
     ranks = wanted_ranks(model, rank=rank, keep=keep)
-    cut = {
-        name: select_components(
-            layers[name], component_order(layers[name], key)[:count], refit=refit
-        )
-        for name, count in ranks.items()
-    }
+    ranked = ranked_layers(
+        model,
+        ranks,
+        key=key,
+        refit=refit,
+        data=data,
+        generator=generator,
+        progress=progress,
+    )
+    cut = {name: ranked[name].cut(count) for name, count in ranks.items()}
     return replace_layers(model, cut)
 
 
@@ -111,55 +126,21 @@ def kept_rank(rank: int, keep: float) -> int:
 
 
 @torch.no_grad()
-def component_order(layer: CPLayer, key: str = "lam") -> Tensor:
-    """Components of a layer, the most important first.
-
-    Args:
-        layer: A CP layer.
-        key: ``"lam"``, ``"greedy"`` or ``"nested"``, see `truncate`.
-
-    Returns:
-        Indices. Shape ``(rank,)``.
-
-    Raises:
-        ValueError: If ``key`` is unknown or a parameter is not finite.
-    """
-    if not isinstance(layer, CPLayer):
-        raise TypeError(f"layer is a {type(layer).__name__}, expected a CP layer.")
-    if nn.utils.parametrize.is_parametrized(layer):
-        raise TypeError(
-            f"layer is a parametrized {type(layer).__name__}, whose parameters cannot "
-            "be cut. Call cpnb.remove_normalizer(model, keep_cp=True) first."
-        )
-    if key not in KEYS:
-        raise ValueError(f"key is {key!r}, expected one of {KEYS}.")
-    lam, units = finite_components(layer)
-    if key == "nested":
-        return torch.arange(layer.rank, device=lam.device)
-    if key == "lam":
-        return lam.abs().argsort(descending=True, stable=True)
-    # M[r,s] = ⟨component r, component s⟩: removing the set S costs ‖Σ_S‖² = Σ_{S×S} M.
-    overlap = lam[:, None] * unit_gram(lam, units) * lam
-    cost = overlap.diagonal().clone()
-    removed = []
-    for _ in range(len(lam)):
-        worst = cost.argmin()
-        removed.append(worst)
-        cost += 2 * overlap[worst]
-        cost[worst] = torch.inf
-    return torch.stack(removed[::-1])
-
-
-@torch.no_grad()
 def select_components(
-    layer: CPLayer, index: Tensor | Sequence[int], *, refit: bool = False
+    layer: CPLayer,
+    index: Tensor | Sequence[int],
+    *,
+    refit: bool = False,
+    gram: Tensor | None = None,
 ) -> CPLayer:
     """Copy a CP layer with the given components only, in their present order.
 
     Args:
         layer: A CP layer.
         index: Distinct component indices, in any order, at least one.
-        refit: Re-solve λ by least squares, ``Γ_SS λ' = Γ_S: λ``.
+        refit: Re-solve λ by least squares on the kernel, ``Γ_SS λ' = Γ_S: λ``.
+        gram: Re-solve λ with this matrix for Γ: that of `output_gram` makes it least
+            squares on the outputs. Shape ``(rank, rank)``.
 
     Returns:
         A copy of rank ``len(index)``.
@@ -178,20 +159,12 @@ def select_components(
         )
     if index[-1] >= layer.rank:
         raise ValueError(f"index has {index[-1]}, expected less than {layer.rank}.")
-    cut = copy.deepcopy(layer)
-    cut._resize(len(index))
-    for new, old in zip(cut.factors, layer.factors, strict=True):
-        new.copy_(old[:, index])
-    lam = layer.lam[index]
-    if refit and len(index) < layer.rank:
+    lam = None
+    if refit or gram is not None:
         whole, units = finite_components(layer)
-        scale = layer.scale.double()
-        lam = refit_lam(whole, unit_gram(whole, units), index)
-        lam = lam / torch.where(scale == 0, 1, scale)
-        if not layer.signed:
-            _flip_signs(cut, lam)
-    cut.lam.copy_(lam)
-    return cut
+        gram = unit_gram(whole, units) if gram is None else gram.to(whole)
+        lam = refit_lam(whole, gram, index) if len(index) < layer.rank else None
+    return keep_components(layer, index, lam)
 
 
 def _ranks_by_layer(
@@ -216,9 +189,3 @@ def _ranks_by_layer(
                 f"{layers[name].rank} components it holds."
             )
     return counts
-
-
-def _flip_signs(cut: CPLayer, lam: Tensor) -> None:
-    """Move the signs of λ into the first factor of a layer that uses |λ|."""
-    if len(cut.factors):
-        cut.factors[0].mul_(torch.where(lam < 0, -1, 1))

@@ -73,7 +73,7 @@ class RankExplorer(ipywidgets.VBox):
         *,
         sweep: RankSweep | None = None,
         key: str | None = None,
-        refit: bool | None = None,
+        refit: bool | str | None = None,
         background: bool = True,
     ) -> None:
         """Build the controls at full rank and show the first picture."""

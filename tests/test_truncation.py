@@ -264,7 +264,7 @@ def broken(value):
         (
             lambda: cpnb.truncate(make_layer(), rank=2, key="size"),
             ValueError,
-            r"key is 'size', expected one of \('lam', 'greedy', 'nested'\)",
+            r"key is 'size', expected one of \('lam', 'greedy', 'nested', ",
         ),
         (
             lambda: cpnb.truncate(broken(float("nan")), rank=2),

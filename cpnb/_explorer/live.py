@@ -17,6 +17,7 @@ from cpnb._explorer.tables import ChoiceTable, Point, Ranks, only_whole
 from cpnb._sweep.meter import Measurement, RankMeter
 from cpnb._sweep.points import GLOBAL
 from cpnb._sweep.table import PERCENTS, RankSweep
+from cpnb.importance import check_refit
 from cpnb.truncation import truncate
 
 TABLE, MEASURED = "table", "measured"
@@ -69,7 +70,7 @@ class LiveTable:
         sweep: RankSweep | None = None,
         *,
         key: str | None = None,
-        refit: bool | None = None,
+        refit: bool | str | None = None,
         background: bool = True,
     ) -> None:
         """Check that the arguments agree, and measure the whole network if needed."""
@@ -82,6 +83,7 @@ class LiveTable:
         self.network, self._data, self._worker = None, data, None
         self._background = background
         given = given_sweep(model, data, sweep)
+        refit = None if refit is None else check_refit(refit)
         self.choice = Choice(
             agree("key", key, "lam", given), agree("refit", refit, False, given)
         )
@@ -176,6 +178,9 @@ class LiveTable:
                 "the explorer was made from a sweep alone, expected one with a network "
                 "to cut. Make it with RankExplorer(model, data, sweep=sweep)."
             )
+        meter = self._tables[self.choice].meter
+        if meter is not None:  # its components are in order already
+            return meter.cut(self.network, ranks)
         return truncate(self.network, rank=dict(ranks), **self.choice._asdict())
 
     def wait(self, timeout: float | None = None) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cpnb._sweep.ranked import RankedLayer
+from cpnb.ranked import RankedLayer
 
 
 class ConvFan:

@@ -19,7 +19,7 @@ _KINDS = {
     "other_parameters": int,
     "other_flops": int,
     "key": str,
-    "refit": bool,
+    "refit": bool | str,
     "fingerprint": str,
     "provenance": dict,
     "status": str,
@@ -104,7 +104,8 @@ def read_sweep(path: str | os.PathLike[str], cls: type[RankSweep]) -> RankSweep:
 def _from_content(cls: type[RankSweep], content: dict[str, Any]) -> RankSweep:
     for name, kind in _KINDS.items():
         if not isinstance(content[name], kind):
-            raise TypeError(f"{name} is {content[name]!r}, expected {kind.__name__}")
+            wanted = getattr(kind, "__name__", kind)
+            raise TypeError(f"{name} is {content[name]!r}, expected {wanted}")
     measured, errors = content.pop("measured"), content.pop("errors")
     layers = tuple(
         SweptLayer(**{**layer, "kernel_shape": tuple(layer["kernel_shape"])})

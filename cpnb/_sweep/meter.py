@@ -6,18 +6,19 @@ import copy
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from cpnb._checks import check_count, check_module
 from cpnb._sweep.fingerprints import data_fingerprint, model_fingerprint
 from cpnb._sweep.flops import count_flops
 from cpnb._sweep.points import GLOBAL, SweptLayer
-from cpnb._sweep.ranked import RankedLayer
 from cpnb._sweep.table import RankSweep
 from cpnb.evaluation import evaluate, images_and_labels, placement
+from cpnb.importance import check_refit, ranked_layers
+from cpnb.ranked import RankedLayer
 from cpnb.records import provenance
-from cpnb.surgery import cp_layers
-from cpnb.truncation import component_order
+from cpnb.surgery import cp_layers, replace_layers
 
 
 class Measurement(NamedTuple):
@@ -53,8 +54,10 @@ class RankMeter:
         data: Any,
         *,
         key: str = "lam",
-        refit: bool = False,
+        refit: bool | str = False,
         batch_size: int = 1000,
+        generator: torch.Generator | None = None,
+        progress: bool = True,
     ) -> None:
         """Copy the network and order the components; see :func:`rank_sweep`."""
         check_module(model)
@@ -67,10 +70,15 @@ class RankMeter:
                 "least one. Convert it first with canonicalize(model)."
             )
         self.model = copy.deepcopy(model).eval()
-        self.ranked = {
-            name: RankedLayer(layer, component_order(layer, key), refit=refit)
-            for name, layer in cp_layers(self.model).items()
-        }
+        self.ranked = ranked_layers(
+            self.model,
+            layers,
+            key=key,
+            refit=refit,
+            data=data,
+            generator=generator,
+            progress=progress,
+        )
         # A layer used in several places is replaced in all of them.
         self._places = {
             name: [
@@ -97,7 +105,7 @@ class RankMeter:
             ),
             other_flops=outside,
             key=key,
-            refit=refit,
+            refit=check_refit(refit),
             fingerprint=model_fingerprint(model),
             provenance=provenance(device)
             | {
@@ -128,6 +136,22 @@ class RankMeter:
     def errors(self, ranks: Mapping[str, int]) -> dict[str, float]:
         """Relative kernel error of every layer."""
         return {name: self.ranked[name].error(rank) for name, rank in ranks.items()}
+
+    def cut(self, model: nn.Module, ranks: Mapping[str, int]) -> nn.Module:
+        """A truncated copy of the network that the meter was made for.
+
+        Args:
+            model: That network.
+            ranks: Components of its CP layers; those left out stay whole.
+
+        Returns:
+            What `cpnb.truncate` gives for the same ranks.
+        """
+        layers = cp_layers(model)
+        kept = {name: self.ranked[name].cut(rank) for name, rank in ranks.items()}
+        for name, layer in kept.items():
+            layer.train(layers[name].training)
+        return replace_layers(model, kept)
 
     def truncated(self, ranks: Mapping[str, int]) -> nn.Module:
         """The network at some ranks, until they are changed."""

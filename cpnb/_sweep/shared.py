@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from cpnb._sweep.fan import ConvFan, LinearFan
 from cpnb._sweep.graph import Node, Values
-from cpnb._sweep.ranked import RankedLayer
 from cpnb._sweep.route import Ranks, Route
 from cpnb.base import CPLayer
 from cpnb.evaluation import innermost
 from cpnb.linear import CPLinear
+from cpnb.ranked import RankedLayer
 
 
 @dataclass(frozen=True)

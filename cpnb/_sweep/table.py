@@ -29,7 +29,8 @@ class RankSweep(SweptNetwork):
         other_parameters: Parameters outside the CP layers.
         other_flops: FLOPs outside the CP layers, for one image.
         key: Importance that ordered the components.
-        refit: Whether λ was re-solved after each cut.
+        refit: Whether λ was re-solved after each cut, True on the kernel, ``"data"``
+            on the outputs.
         fingerprint: Hash of the network, see ``model_fingerprint``.
         provenance: Versions, device, date, number of images and their hash.
         axes: What was swept: layer names, and ``"*"`` for all layers at once.
@@ -39,7 +40,7 @@ class RankSweep(SweptNetwork):
     """
 
     key: str
-    refit: bool
+    refit: bool | str
     fingerprint: str
     provenance: dict[str, Any] = field(default_factory=dict)
     axes: tuple[str, ...] = ()

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from cpnb.base import CPLayer
-from cpnb.refit import finite_components, refit_lam, unit_gram
-from cpnb.truncation import select_components
+from cpnb.execution import pad_factors
+from cpnb.refit import finite_components, keep_components, refit_lam, unit_gram
 
 
 class RankedLayer:
@@ -16,7 +16,7 @@ class RankedLayer:
     Args:
         layer: A CP layer.
         order: Its components, the most important first. Shape ``(rank,)``.
-        refit: Whether λ is re-solved after each cut.
+        gram: What a refit of λ makes small, see `refit_lam`; None leaves λ as it is.
 
     Attributes:
         layer: The layer.
@@ -26,21 +26,23 @@ class RankedLayer:
             the layer. Shapes ``(size_n, rank)``.
     """
 
-    def __init__(self, layer: CPLayer, order: Tensor, *, refit: bool = False) -> None:
+    def __init__(
+        self, layer: CPLayer, order: Tensor, gram: Tensor | None = None
+    ) -> None:
         """Bring the components in order."""
-        self.layer, self.refit = layer, refit
+        self.layer, self.refit = layer, gram is not None
         self._order = order
         lam, units = finite_components(layer)
-        self._lam, self._gram = lam[order], unit_gram(lam, units)[order][:, order]
-        self.norm = (self._lam @ self._gram @ self._lam).clamp_min(0).sqrt().item()
-        ordered = iter([unit[:, order].to(layer.lam.dtype) for unit in units])
-        ones = layer.lam.detach().new_ones(1, layer.rank)
-        self.factors = [next(ordered) if n > 1 else ones for n in layer.kernel_shape]
+        self._lam, self._overlap = lam[order], unit_gram(lam, units)[order][:, order]
+        self._gram = None if gram is None else gram[order][:, order]
+        self.norm = self._size(self._lam)
+        ordered = [unit[:, order].to(layer.lam.dtype) for unit in units]
+        self.factors = pad_factors(layer.lam.detach(), ordered, layer.kernel_shape)
         self._refitted: dict[int, Tensor] = {}
 
     def lam(self, rank: int) -> Tensor:
         """λ of the first ``rank`` components with σ folded in, float64."""
-        if not self.refit or rank == len(self._lam):
+        if self._gram is None or rank == len(self._lam):
             return self._lam[:rank]
         if rank not in self._refitted:
             index = torch.arange(rank, device=self._lam.device)
@@ -53,9 +55,13 @@ class RankedLayer:
         missing[:rank] -= self.lam(rank)
         if not missing.any():
             return 0.0
-        square = (missing @ self._gram @ missing).clamp_min(0)
-        return square.sqrt().item() / self.norm if self.norm else float("inf")
+        return self._size(missing) / self.norm if self.norm else float("inf")
 
     def cut(self, rank: int) -> CPLayer:
-        """A copy with the first ``rank`` components, see `cpnb.select_components`."""
-        return select_components(self.layer, self._order[:rank], refit=self.refit)
+        """A copy with the first ``rank`` components, in the order of the layer."""
+        index, places = self._order[:rank].sort()
+        lam = self.lam(rank)[places] if self.refit and rank < len(self._lam) else None
+        return keep_components(self.layer, index, lam)
+
+    def _size(self, lam: Tensor) -> float:
+        return (lam @ self._overlap @ lam).clamp_min(0).sqrt().item()

@@ -1,0 +1,248 @@
+"""What each component of a CP layer does to images and to the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cpnb._data.splits import Split
+from cpnb.base import CPLayer
+from cpnb.conv import CPConv1d, CPConv2d, CPConv3d
+from cpnb.evaluation import (
+    check_scores,
+    evaluation_mode,
+    images_and_labels,
+    placement,
+    split_or_pair,
+)
+from cpnb.execution import pad_factors
+from cpnb.linear import CPLinear
+from cpnb.refit import finite_components
+
+IMAGES, _BATCH = 1000, 64
+"""Training images of a data set that are looked at, and at once."""
+
+
+class _Call(NamedTuple):
+    layer: str
+    inputs: Tensor
+    output: Tensor
+
+
+def probe(
+    model: nn.Module,
+    layers: Mapping[str, CPLayer],
+    data: Any,
+    what: str,
+    *,
+    progress: bool = True,
+) -> dict[str, Tensor]:
+    """Measure the components of some layers of a network on images.
+
+    Args:
+        model: The network; it is run in evaluation mode and not changed.
+        layers: Some of its CP layers by name.
+        data: A data set, of which 1,000 training images are used, or a split or a pair
+            ``(images, labels)``, used whole.
+        what: ``"gradient"``: |mean over the images of λ_r ∂loss/∂λ_r|. ``"hessian"``:
+            half of λ_r² times the Gauss-Newton diagonal of the mean loss.
+            ``"activation"``: mean squared norm of what the component adds to the
+            outputs. ``"output"``: the matrix G for which ``dᵀGd`` is the mean squared
+            change of the outputs when λ changes by d.
+        progress: Whether to show a bar when it takes more than two seconds.
+
+    Returns:
+        Float64 tensors of shape ``(rank,)``, for ``"output"`` ``(rank, rank)``; zero
+        for a layer that is not used.
+    """
+    from tqdm import tqdm
+
+    images, labels = _calibration(data)
+    device, dtype = placement(model, images)
+    parts = {name: _Components(name, layer) for name, layer in layers.items()}
+    batches = tqdm(
+        list(zip(images.split(_BATCH), labels.split(_BATCH), strict=True)),
+        f"looking at data for {what}",
+        disable=not progress,
+        delay=2,
+    )
+    totals = dict.fromkeys(layers, 0)
+    with evaluation_mode(model), _recorded(layers) as calls, torch.enable_grad():
+        for batch, target in batches:
+            calls.clear()
+            # The images need a gradient for the outputs to have one in any network.
+            scores = model(batch.to(device, dtype).detach().requires_grad_())
+            target = target.to(device, torch.long)
+            check_scores(scores, len(target), int(labels.max()))
+            for name, found in _measured(what, parts, calls, scores, target):
+                totals[name] = totals[name] + found
+    found = {
+        name: part.zero(what) + totals[name] / len(images)
+        for name, part in parts.items()
+    }
+    return {n: f.abs() for n, f in found.items()} if what == "gradient" else found
+
+
+def output_gram(layer: CPLayer, inputs: Tensor) -> Tensor:
+    """How the components of a layer overlap in its outputs.
+
+    Args:
+        layer: A CP convolution or linear layer.
+        inputs: A batch as the layer receives it.
+
+    Returns:
+        G, for which ``dᵀGd`` is the mean squared norm of the change of the outputs when
+        λ (σ folded in) changes by d. Shape ``(rank, rank)``, float64.
+
+    Raises:
+        TypeError: If the layer is of another kind.
+    """
+    part = _Components("", layer)
+    return part.overlap(part.outputs(inputs.detach())) / len(inputs)
+
+
+class _Components:
+    """The components of one layer, and what goes forward and back through them."""
+
+    def __init__(self, name: str, layer: CPLayer) -> None:
+        kinds = (CPConv1d, CPConv2d, CPConv3d, CPLinear)
+        if not isinstance(layer, kinds):
+            names = ", ".join(kind.__name__ for kind in kinds)
+            raise TypeError(
+                f"layer {name!r} is a {type(layer).__name__}, expected one of {names} "
+                "to look into its components."
+            )
+        self._layer = layer
+        lam, units = finite_components(layer)
+        self._lam, dtype = lam, layer.lam.dtype
+        factors = pad_factors(lam, units, layer.kernel_shape)
+        self._factors = [factor.to(dtype) for factor in factors]
+        # (groups, out / groups, rank)
+        self._mix = self._factors[0].unflatten(0, (layer.groups, -1))
+
+    def outputs(self, inputs: Tensor) -> Tensor:
+        """Of each component, not mixed. Shape ``(batch, groups, rank, positions)``."""
+        if isinstance(self._layer, CPLinear):
+            hidden = inputs.flatten(1, -2) if inputs.ndim > 2 else inputs[:, None]
+            return (hidden @ self._factors[1]).transpose(1, 2)[:, None]
+        return self._layer.branches(inputs, self._factors[1:]).flatten(3)
+
+    def contributions(self, outputs: Tensor, gradient: Tensor) -> Tensor:
+        """λ_r ∂/∂λ_r for each image. Shape ``(batch, rank)``."""
+        if isinstance(self._layer, CPLinear):
+            rows = gradient.flatten(1, -2) if gradient.ndim > 2 else gradient[:, None]
+            channels = rows.transpose(1, 2)[:, None]
+        else:
+            channels = gradient.flatten(2).unflatten(1, (self._layer.groups, -1))
+        back = self._mix.transpose(1, 2) @ channels
+        return self._lam * (back * outputs).sum((1, 3)).double()
+
+    def energies(self, outputs: Tensor) -> Tensor:
+        """Squared norms of what each component adds, summed. Shape ``(rank,)``."""
+        squares = outputs.double().square().sum(
+            (0, 3)
+        ) * self._mix.double().square().sum(1)
+        return self._lam.square() * squares.sum(0)
+
+    def overlap(self, outputs: Tensor) -> Tensor:
+        """Inner products of what unit components add, summed. ``(rank, rank)``."""
+        rows = outputs.double().permute(1, 2, 0, 3).flatten(2)
+        mix = self._mix.double()
+        return ((rows @ rows.transpose(1, 2)) * (mix.transpose(1, 2) @ mix)).sum(0)
+
+    def zero(self, what: str) -> Tensor:
+        """What a layer gets that is not used."""
+        zeros = torch.zeros_like(self._lam)
+        return torch.outer(zeros, zeros) if what == "output" else zeros
+
+
+def _measured(
+    what: str,
+    parts: Mapping[str, _Components],
+    calls: list[_Call],
+    scores: Tensor,
+    target: Tensor,
+) -> Iterator[tuple[str, Tensor]]:
+    """What one batch adds to the totals of each layer."""
+    outputs = [parts[call.layer].outputs(call.inputs) for call in calls]
+    if what in ("activation", "output"):
+        for call, output in zip(calls, outputs, strict=True):
+            part = parts[call.layer]
+            yield (
+                call.layer,
+                part.energies(output) if what == "activation" else part.overlap(output),
+            )
+        return
+    if what == "gradient":
+        loss = F.cross_entropy(scores, target, reduction="sum")
+        for name, found in _by_layer(parts, calls, outputs, loss):
+            yield name, found.sum(0)
+        return
+    # Σ_c p_c (s_c - s̄)² with s̄ = Σ_c p_c s_c is the loss to second order in the scores.
+    likely = scores.detach().softmax(1)
+    for column, share in enumerate(likely.unbind(1)):
+        toward = -likely * share.sqrt()[:, None]
+        toward[:, column] += share.sqrt()
+        for name, found in _by_layer(parts, calls, outputs, (scores * toward).sum()):
+            yield name, found.square().sum(0) / 2
+
+
+def _by_layer(
+    parts: Mapping[str, _Components],
+    calls: list[_Call],
+    outputs: list[Tensor],
+    value: Tensor,
+) -> Iterator[tuple[str, Tensor]]:
+    """λ_r ∂value/∂λ_r for each image, over all uses of each layer."""
+    if not calls:
+        return
+    gradients = torch.autograd.grad(
+        value, [call.output for call in calls], retain_graph=True, allow_unused=True
+    )
+    found: dict[str, Tensor] = {}
+    for call, output, gradient in zip(calls, outputs, gradients, strict=True):
+        if gradient is not None:
+            one = parts[call.layer].contributions(output, gradient)
+            found[call.layer] = found.get(call.layer, 0) + one
+    yield from found.items()
+
+
+@contextmanager
+def _recorded(layers: Mapping[str, CPLayer]) -> Iterator[list[_Call]]:
+    """Inputs and outputs of the layers, call by call."""
+    calls: list[_Call] = []
+
+    def hook(name: str) -> Any:
+        def record(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+            calls.append(_Call(name, inputs[0].detach(), output))
+            return output.clone()  # what follows may change it in place
+
+        return record
+
+    handles = [
+        layer.register_forward_hook(hook(name)) for name, layer in layers.items()
+    ]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _calibration(data: Any) -> tuple[Tensor, Tensor]:
+    """Images to look at: 1,000 for training, evenly spaced, or what is given."""
+    given = split_or_pair(data, "train")
+    if isinstance(data, Split | tuple | list):
+        return images_and_labels(given)
+    images, labels = given
+    step = max(1, len(labels) // IMAGES)
+    images, labels = images[::step][:IMAGES], labels[::step][:IMAGES]
+    if isinstance(given, Split):
+        return images_and_labels(replace(given, images=images, labels=labels))
+    return images, labels
