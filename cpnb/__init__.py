@@ -55,6 +55,7 @@ from cpnb.frobenius import FrobeniusDecay, frobenius_decay
 from cpnb.hooks import Hook
 from cpnb.importance import component_order
 from cpnb.initializers import INITIALIZERS, gaussian, unified, uniform
+from cpnb.keys import KeyComparison, compare_keys
 from cpnb.linear import CPLinear
 from cpnb.lowrank import LowRankConv2d, LowRankLinear
 from cpnb.models import AlexNet, DigitsNet, LeNet
@@ -117,6 +118,7 @@ __all__ = [
     "FrobeniusDecay",
     "HessianEigenvalue",
     "Hook",
+    "KeyComparison",
     "LeNet",
     "LossSlice",
     "LowRankConv2d",
@@ -148,6 +150,7 @@ __all__ = [
     "canonicalize",
     "circular_lipschitz",
     "compare",
+    "compare_keys",
     "component_gram",
     "component_order",
     "cp_layers",
