@@ -6,6 +6,7 @@ Importing it loads torch and numpy only; what needs more loads it when first use
 from importlib import import_module
 from typing import Any
 
+from cpnb.allocation import RankAllocation, RankChoice, allocate_ranks
 from cpnb.als import als
 from cpnb.augmentation import Augment
 from cpnb.base import CPLayer
@@ -127,6 +128,8 @@ __all__ = [
     "Normalizer",
     "ParameterRatio",
     "ProximalL1",
+    "RankAllocation",
+    "RankChoice",
     "RankExplorer",
     "RankSweep",
     "Recipe",
@@ -143,6 +146,7 @@ __all__ = [
     "TruncationReport",
     "TruncationStage",
     "accuracy",
+    "allocate_ranks",
     "als",
     "bounded_als",
     "break_even_rank",

@@ -14,9 +14,10 @@ from cpnb._explorer.background import LatestWins
 from cpnb._explorer.choices import Choice
 from cpnb._explorer.pareto import Pairs
 from cpnb._explorer.tables import ChoiceTable, Point, Ranks, only_whole
+from cpnb._sweep.known import PERCENTS
 from cpnb._sweep.meter import Measurement, RankMeter
 from cpnb._sweep.points import GLOBAL
-from cpnb._sweep.table import PERCENTS, RankSweep
+from cpnb._sweep.table import RankSweep
 from cpnb.importance import check_refit
 from cpnb.truncation import truncate
 

@@ -24,6 +24,7 @@ _KINDS = {
     "provenance": dict,
     "status": str,
     "methods": dict,
+    "times": dict,
 }
 AGAIN = "Make it again with rank_sweep(model, data).save(path)."
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from cpnb._checks import check_count
 from cpnb._sweep.points import SweptLayer
+from cpnb._sweep.timing import milliseconds_at
 from cpnb.truncation import kept_rank
 
 
@@ -18,11 +21,13 @@ class SweptNetwork:
         layers: The CP layers in module order.
         other_parameters: Parameters outside the CP layers.
         other_flops: FLOPs outside the CP layers, for one image.
+        times: What `time_layers` found, empty before.
     """
 
     layers: tuple[SweptLayer, ...]
     other_parameters: int
     other_flops: int
+    times: dict[str, Any] = field(default_factory=dict, kw_only=True)
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -63,6 +68,22 @@ class SweptNetwork:
         at = self.ranks | dict(ranks)
         counts = (layer.flops_at(at[layer.name]) for layer in self.layers)
         return sum(counts) + self.other_flops
+
+    def milliseconds(self, ranks: Mapping[str, int]) -> float:
+        """Time of the whole network for one image, each layer run the faster way.
+
+        Raises:
+            ValueError: If the times of the layers were not measured.
+        """
+        if not self.times:
+            raise ValueError(
+                "sweep holds no times, expected those of its layers. Measure them once "
+                "with sweep.measure_times(model, data)."
+            )
+        at = self.ranks | dict(ranks)
+        layers = self.times["layers"].items()
+        inside = (milliseconds_at(times, at[name]) for name, times in layers)
+        return self.times["other"] + math.fsum(inside)
 
     def _key(self, ranks: Mapping[str, int]) -> tuple[int, ...]:
         for name, rank in ranks.items():

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
 
+from cpnb._sweep.known import PERCENTS
 from cpnb._sweep.points import GLOBAL, SweptLayer
-from cpnb._sweep.table import PERCENTS, RankSweep
+from cpnb._sweep.table import RankSweep
 
 ALL_RANKS, GRID = 128, 64
 """Up to ALL_RANKS a layer is swept at every rank, above at about GRID of them."""

@@ -59,6 +59,7 @@ class RankPoint:
         dense_parameters: Parameters of the whole network with dense layers.
         flops: FLOPs of the whole network for one image, CP layers run as chains.
         dense_flops: FLOPs of the whole network with dense layers.
+        ms: Milliseconds of the whole network for one image, if times were measured.
     """
 
     ranks: dict[str, int]
@@ -70,6 +71,7 @@ class RankPoint:
     dense_parameters: int
     flops: int
     dense_flops: int
+    ms: float | None
 
     @property
     def size(self) -> float:
@@ -142,4 +144,5 @@ def point_row(
         "network_dense_parameters": point.dense_parameters,
         "network_flops": point.flops,
         "network_dense_flops": point.dense_flops,
+        "network_ms": point.ms,
     }
