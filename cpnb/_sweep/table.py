@@ -8,9 +8,11 @@ from typing import Any
 
 from torch import nn
 
+from cpnb._files import replacing
 from cpnb._sweep.files import read_sweep, sweep_content, write_sweep
 from cpnb._sweep.fingerprints import check_network
 from cpnb._sweep.known import SweptPoints
+from cpnb._sweep.page import sweep_fragment, sweep_page
 from cpnb._sweep.points import point_row
 from cpnb._sweep.timing import time_layers
 
@@ -103,6 +105,32 @@ class RankSweep(SweptPoints):
             path: Target; an existing file is replaced.
         """
         write_sweep(path, sweep_content(self))
+
+    def to_html(self, path: str | os.PathLike[str] | None = None) -> str:
+        """The table as a page with sliders, which needs no kernel, server or network.
+
+        One slider for each axis, moved by mouse or keyboard; it cuts this layer alone,
+        or all layers. In a notebook the sweep itself, as the last line of a cell, shows
+        the same, also after export to HTML.
+
+        Args:
+            path: Where to write the page as well, in one step.
+
+        Returns:
+            The page.
+
+        Raises:
+            ValueError: If the network at full rank or every axis is missing.
+        """
+        page = sweep_page(self)
+        if path is not None:
+            with replacing(path) as temporary:
+                temporary.write_text(page, encoding="utf-8")
+        return page
+
+    def _repr_html_(self) -> str | None:
+        known = self.point().accuracy is not None and any(map(self.curve, self.axes))
+        return sweep_fragment(self) if known else None
 
     @classmethod
     def load(
