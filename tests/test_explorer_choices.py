@@ -85,7 +85,7 @@ def test_choice_keeps_the_ranks_and_shows_what_the_library_gives(
     explorer.switches.key.value, explorer.switches.refit.value = key, refit
     ranks = {"conv": 3, "fc": 4}
     assert explorer.ranks == ranks
-    cut = cpnb.truncate(model, rank=ranks, key=key, refit=refit)
+    cut = cpnb.truncate(model, rank=ranks, key=key, refit=refit, data=data)
     expected = cpnb.accuracy(cut, data)
     assert explorer.accuracy == expected == cpnb.accuracy(explorer.truncated(), data)
     assert (explorer.sweep.key, explorer.sweep.refit) == (key, refit)
