@@ -148,9 +148,9 @@ def test_slider_shows_picture_position_and_numbers_of_the_rank_it_is_moved_to(
     assert tour.errors() == []
 
 
-def test_every_slider_moves_by_keyboard_to_the_librarys_numbers(tour):
+def test_every_slider_and_the_budget_move_by_keyboard_to_the_librarys_numbers(tour):
     explorer = Explorer(tour)
-    names = [*tour.ask("list(explorer.ranks)"), "all layers"]
+    names = [*tour.ask("list(explorer.ranks)"), "all layers", "budget"]
     for name in names:
         explorer.press("Reset")
         slider = explorer.slider(name)
@@ -160,6 +160,12 @@ def test_every_slider_moves_by_keyboard_to_the_librarys_numbers(tour):
         explorer.expect(slider).to_have_attribute(
             "aria-valuenow", f"{before - 1:.1f}", timeout=WAIT
         )
+        if name == "budget":
+            budget = f"{before - 1} * sweep.dense_parameters // 100"
+            bought = f"cpnb.allocate_ranks(sweep, budget={budget}, unit='parameters')"
+            assert tour.ask("explorer.ranks") == tour.ask(f"{bought}.ranks")
+            text = f"Budget of {before - 1} % of the dense parameters"
+            explorer.expect(explorer.status).to_contain_text(text)
         explorer.expect_the_librarys_numbers()
     assert tour.errors() == []
 
@@ -191,7 +197,7 @@ def test_choices_undo_and_code_work_by_keyboard_and_code_gives_what_is_shown(tou
     explorer.expect(slider).not_to_have_attribute("aria-valuenow", "84.0")
     explorer.expect_the_librarys_numbers()
     plain = explorer.status.inner_text()
-    for choice, word in (("greedy", "'greedy'"), ("weights", "λ: weights")):
+    for choice, word in (("greedy", "'greedy'"), ("kernel", "λ: kernel")):
         explorer.press(choice)
         explorer.expect(explorer.status).to_contain_text(word, timeout=WAIT)
         shown = explorer.expect_the_librarys_numbers()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import ipywidgets
@@ -81,18 +81,16 @@ class Board:
         """Slider and box of each axis in a row."""
         return [ipywidgets.HBox([c.slider, c.box]) for c in self.controls.values()]
 
-    def neighbours(self) -> Iterator[dict[str, int]]:
+    def neighbours(self) -> Iterable[dict[str, int]]:
         """Ranks along the axis moved last, the nearest first."""
-        slider = self.controls[self.axis].slider
+        table, slider = self._live.sweep, self.controls[self.axis].slider
         steps = range(slider.min, slider.max + 1)
-        for step in sorted(steps, key=lambda step: abs(step - slider.value)):
-            if self.axis == GLOBAL:
-                yield self._live.sweep.ranks_at(step / 100)
-            elif self.axis != BUDGET:
-                yield {**self.ranks, self.axis: step}
-            elif self.budget_problem is None:
-                with suppress(ValueError):  # a budget that pays for nothing known
-                    yield allocated_ranks(self._live.sweep, step)
+        nearest = sorted(steps, key=lambda step: abs(step - slider.value))
+        if self.axis == GLOBAL:
+            return (table.ranks_at(step / 100) for step in nearest)
+        if self.axis == BUDGET:
+            return () if self.budget_problem else allocated_ranks(table, nearest)
+        return ({**self.ranks, self.axis: step} for step in nearest)
 
     def check_budget(self) -> None:
         """Let the budget slide where the table knows enough; hold the guard."""
@@ -178,7 +176,7 @@ class Board:
         if axis == GLOBAL:
             others = table.ranks_at(self.value(GLOBAL) / 100)
         elif axis == BUDGET:
-            others = allocated_ranks(table, self.value(BUDGET))
+            (others,) = allocated_ranks(table, [self.value(BUDGET)])
         ranks = {**self.ranks, **others}
         kept = sum(ranks.values()) / sum(table.ranks.values())
         follow = {GLOBAL: max(1, round(100 * kept)), BUDGET: budget_at(table, ranks)}

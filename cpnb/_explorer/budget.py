@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterable, Iterator
 
-import cpnb
 from cpnb._explorer.state import label
+from cpnb._sweep.points import RankPoint
 from cpnb._sweep.table import RankSweep
+from cpnb.allocation import allocate_ranks
 
 BUDGET = "*budget"
 """Stands in the place of a layer name for the parameters of the whole network."""
@@ -22,12 +23,12 @@ def budget_range(sweep: RankSweep) -> tuple[int, int]:
         What all layers at rank 1 need, and what the untruncated network holds.
     """
     smallest = sweep.point(dict.fromkeys(sweep.ranks, 1))
-    return _percent(smallest.size), _percent(sweep.point().size)
+    return _percent(smallest), _percent(sweep.point())
 
 
 def budget_at(sweep: RankSweep, ranks: dict[str, int]) -> int:
     """The smallest budget, in percent of dense, that pays for ``ranks``."""
-    return _percent(sweep.point(ranks).size)
+    return _percent(sweep.point(ranks))
 
 
 def budget_problem(sweep: RankSweep) -> str | None:
@@ -39,8 +40,6 @@ def budget_problem(sweep: RankSweep) -> str | None:
     Returns:
         One sentence that names the layers whose own curve is not known.
     """
-    if not hasattr(cpnb, "allocate_ranks"):
-        return "No budget to slide: this version does not allocate ranks."
     lacking = [
         label(name) for name in sweep.ranks if sweep.point({name: 1}).accuracy is None
     ]
@@ -52,23 +51,27 @@ def budget_problem(sweep: RankSweep) -> str | None:
     )
 
 
-def allocated_ranks(sweep: RankSweep, percent: int) -> dict[str, int]:
-    """Ranks that the allocator buys for a share of the dense parameters.
+def allocated_ranks(
+    sweep: RankSweep, percents: Iterable[int]
+) -> Iterator[dict[str, int]]:
+    """Ranks that the allocator buys for shares of the dense parameters.
 
     Args:
         sweep: A table with every layer's own curve.
-        percent: Budget in percent of the parameters of the dense network.
+        percents: Budgets in percent of the parameters of the dense network.
 
-    Returns:
-        Components of every layer.
+    Yields:
+        Components of every layer, for one budget after the other. The allocator runs
+        once: what it buys is on its front for any budget.
 
     Raises:
-        ValueError: If the budget does not pay for any allocation.
+        ValueError: If a budget does not pay for any allocation.
     """
-    budget = percent * sweep.dense_parameters // 100
-    return cpnb.allocate_ranks(sweep, budget=budget, unit="parameters").ranks
+    budgets = [percent * sweep.dense_parameters // 100 for percent in percents]
+    bought = allocate_ranks(sweep, budget=min(budgets), unit="parameters")
+    for budget in budgets:
+        yield [each for each in bought.front if each.cost <= budget][-1].ranks
 
 
-def _percent(size: float) -> int:
-    # A margin for shares like 0.07 · 100 that floating point rounds up.
-    return math.ceil(100 * size - 1e-9)
+def _percent(point: RankPoint) -> int:
+    return -(-100 * point.parameters // point.dense_parameters)  # rounded up, exactly

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from cpnb.importance import KEYS
+from cpnb.importance import DATA_KEYS, KEYS
 
-REFITS = {"no": False, "weights": True, "outputs": "data"}
-"""What λ is solved anew on, by the words for it."""
+REFITS = {"no": False, "kernel": True, "outputs": "data"}
+"""What λ is solved anew on, by the word for it."""
 
-__all__ = ["KEYS", "REFITS", "Choice"]
+__all__ = ["KEYS", "REFITS", "Choice", "refit_words"]
 
 
 class Choice(NamedTuple):
@@ -18,7 +18,12 @@ class Choice(NamedTuple):
     key: str
     refit: bool | str
 
+    @property
+    def looks_at_data(self) -> bool:
+        """Whether the cut depends on images."""
+        return self.key in DATA_KEYS or self.refit == "data"
+
 
 def refit_words(refit: bool | str) -> str:
-    """The words for a refit."""
-    return next(words for words, value in REFITS.items() if value == refit)
+    """The word for a refit."""
+    return next(word for word, value in REFITS.items() if value == refit)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from cpnb._explorer.choices import Choice
-from cpnb.importance import DATA_KEYS
 
 
 def truncation_code(
@@ -27,7 +26,7 @@ def truncation_code(
     cpnb.accuracy(cut, data)  # 0.5
     """
     arguments = f"rank={dict(ranks)!r}, key={choice.key!r}, refit={choice.refit!r}"
-    if choice.key in DATA_KEYS or choice.refit == "data":
+    if choice.looks_at_data:
         arguments += ", data=data"
     shown = "not measured yet" if accuracy is None else repr(accuracy)
     return "\n".join(

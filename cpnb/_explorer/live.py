@@ -182,7 +182,8 @@ class LiveTable:
         meter = self._tables[self.choice].meter
         if meter is not None:  # its components are in order already
             return meter.cut(self.network, ranks)
-        return truncate(self.network, rank=dict(ranks), **self.choice._asdict())
+        how = self.choice._asdict()
+        return truncate(self.network, rank=dict(ranks), data=self._data, **how)
 
     def wait(self, timeout: float | None = None) -> bool:
         """Block until nothing asked for is waiting or running; False on timeout."""
@@ -209,7 +210,8 @@ class LiveTable:
                 return None
         table = self._tables[job.choice]
         if table.meter is None:
-            table.meter = RankMeter(self.network, self._data, **job.choice._asdict())
+            how = job.choice._asdict()
+            table.meter = RankMeter(self.network, self._data, **how, progress=False)
         if job.layer is None:
             return table.meter.measure(self.ranks(job))
         return self.study(job, table.meter.truncated(self.ranks(job)))
