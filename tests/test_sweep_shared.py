@@ -51,6 +51,12 @@ def pool_module():
     return Net(function, layer=layer, relu=nn.ReLU(inplace=True), pool=nn.MaxPool2d(2))
 
 
+def views(net, x):
+    """What channels_last layouts refuse."""
+    hidden = net.layer(x)
+    return hidden.view(hidden.size(0), -1).relu()
+
+
 def pool_and_its_input():
     def function(net, x):
         hidden = net.layer(x)
@@ -108,6 +114,7 @@ NETS = {
     "pool rounded up": lambda: pooled(lambda x: F.max_pool2d(x, 4, ceil_mode=True)),
     "pool after gelu": lambda: pooled(lambda x: F.max_pool2d(x, 2), relu=F.gelu),
     "pool module": pool_module,
+    "view": lambda: Net(views, layer=conv(4, 6, 3)),
     "pool and its input": pool_and_its_input,
     "residual and batch norm": residual,
     "linear": mlp,

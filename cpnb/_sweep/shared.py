@@ -93,7 +93,7 @@ class SharedEvaluation:
         keep = self.kept(segments)
         before: Ranks | None = None
         for segment in segments:
-            self.share(values, segment[0], before, keep)
+            self.share(values, segment[0], keep, before)
             before = segment[0]
             if self.fan is None:
                 yield segment, slice(None), values[self._graph.output][None]
@@ -113,10 +113,17 @@ class SharedEvaluation:
         self,
         values: Values,
         ranks: Ranks,
+        keep: Collection[Node],
         before: Ranks | None = None,
-        keep: Collection[Node] = (),
     ) -> None:
-        """Bring the shared values to new ranks."""
+        """Bring the shared values to new ranks.
+
+        Args:
+            values: What is known; gets what was not, or not at these ranks.
+            ranks: The new ranks.
+            keep: Values not to forget, see `kept`.
+            before: The ranks of what is known; None if that is only the images.
+        """
         changed = {n for n in ranks if before is None or ranks[n] != before[n]}
         stale = [
             node
@@ -129,7 +136,7 @@ class SharedEvaluation:
             for node in stale
             if node in named
         }
-        self._graph.run(stale, values, replaced=replaced, keep=keep or self._always)
+        self._graph.run(stale, values, replaced=replaced, keep=keep)
 
     def start(self, values: Values, rows: slice, segment: Sequence[Ranks]) -> None:
         """Take some of the images to the layer that fans out."""

@@ -88,7 +88,7 @@ def fitting_sizes(
 
     def share(images: Tensor) -> dict:
         values = evaluation.values(images)
-        evaluation.share(values, point, keep=keep)
+        evaluation.share(values, point, keep)
         return values
 
     if evaluation.fan is None:
@@ -107,9 +107,9 @@ def fitting_sizes(
     two, one = start(2), start(1)
     image, once, twice = two - one, finish(1), finish(2)
     row = max(twice - once, 1)
-    fixed = (one - image) + (once - row)
-    left = memory // 2 - max(fixed, 0)
-    _check(memory + 2 * (image + row - left), memory)
+    fixed = max(0, (one - image) + (once - row))
+    _check(2 * (fixed + image + row), memory)
+    left = memory // 2 - fixed
     scale = _GPU if images.is_cuda else 1
     if isinstance(evaluation.fan, ConvFan):
         count = scale * _SUM // evaluation.fan.sum_bytes

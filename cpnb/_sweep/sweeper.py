@@ -154,16 +154,17 @@ class Sweeper:
     @torch.no_grad()
     def _check(self, evaluation: SharedEvaluation, points: Sequence[Ranks]) -> None:
         """Compare with evaluating one by one, on a few images."""
-        ends = [points[0], points[-1]]
+        longest = max(evaluation.route.segments(points), key=len)
+        some = [points[0], longest[0], longest[-1], points[-1]]
         expected = torch.stack(
-            [self._meter.truncated(point)(self._few) for point in ends]
+            [self._meter.truncated(point)(self._few) for point in some]
         )
-        segments, count = evaluation.route.segments(ends), len(self._few)
+        segments, count = evaluation.route.segments(some), len(self._few)
         try:
             # First one rank after the other, as it may change what they share.
             found = [
                 torch.cat([s for *_, s in evaluation.scores(self._few, segments, size)])
-                for size in (Sizes(count, count, 1), Sizes(count, count, 2))
+                for size in (Sizes(count, count, 1), Sizes(count, count, 4))
             ]
         except Exception as error:  # whatever a model does with several ranks at once
             raise CannotShare(f"{type(error).__name__}: {error}") from error
