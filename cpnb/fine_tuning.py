@@ -53,8 +53,8 @@ def fine_tune(
         The record of the run.
 
     Raises:
-        TypeError: As `cpnb.fit`; an optimizer that exists already is refused.
-        ValueError: As `cpnb.fit`.
+        TypeError: As `cpnb.fit`.
+        ValueError: As `cpnb.fit`; an optimizer that exists already is refused.
 
     >>> import torch, cpnb
     >>> data = torch.randn(64, 20), torch.arange(64) % 4
@@ -75,7 +75,7 @@ def truncate_gradually(
     epochs: int = 2,
     lr: float = 1e-3,
     key: str = "lam",
-    refit: bool = False,
+    refit: bool | str = False,
     **options: Any,
 ) -> tuple[nn.Module, list[TruncationStage]]:
     """Cut a network in several steps, with training after each.
@@ -92,8 +92,9 @@ def truncate_gradually(
         steps: Number of cuts.
         epochs: Epochs of training after each cut.
         lr: Learning rate of that training.
-        key: Importance that orders the components, see `cpnb.truncate`.
-        refit: Whether to re-solve λ after each cut.
+        key: Importance that orders the components, see `cpnb.truncate`; what looks at
+            images looks at those of ``data`` that are trained on.
+        refit: Whether to re-solve λ after each cut, and on what.
         options: As in `cpnb.fit`.
 
     Returns:
@@ -114,7 +115,7 @@ def truncate_gradually(
             name: max(last, round(whole[name] * (last / whole[name]) ** (step / steps)))
             for name, last in goal.items()
         }
-        model = truncate(model, rank=ranks, key=key, refit=refit)
+        model = truncate(model, rank=ranks, key=key, refit=refit, data=data)
         measured = options.get("validation") or data
         before = accuracy(model, measured)
         run = fine_tune(model, data, epochs=epochs, lr=lr, **options)

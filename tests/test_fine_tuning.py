@@ -90,6 +90,19 @@ def test_truncate_gradually_measures_a_pair_on_its_own_images():
     assert stage.accuracy_after_training == cpnb.accuracy(small, pair)
 
 
+@pytest.mark.parametrize(
+    ("key", "refit"), [("activation", False), ("gradient", False), ("lam", "data")]
+)
+def test_truncate_gradually_cuts_by_what_images_say(key, refit):
+    net, data = trained()
+    small, (stage,) = truncate_gradually(
+        net, data, keep=0.5, steps=1, epochs=1, key=key, refit=refit, progress=False
+    )
+    cut = truncate(net, keep=0.5, key=key, refit=refit, data=data)
+    assert stage.accuracy_after_cut == cpnb.accuracy(cut, data)
+    assert {name: layer.rank for name, layer in cp_layers(small).items()} == stage.ranks
+
+
 def test_truncate_gradually_refuses_bad_arguments():
     net, data = trained()
     with pytest.raises(ValueError, match="steps is 0, expected at least 1"):
