@@ -24,9 +24,6 @@ from cpnb.training import fit
 
 UNFINISHED = "unfinished"  # folder of the states of unfinished trainings
 DIGITS = 5  # after the point, in a record
-# Images per evaluated batch. On a CPU a small one runs twice as fast: what a layer of a
-# LeNet makes of a thousand images no longer fits any cache.
-_BATCH = {"cpu": 100}
 
 DataSource = Dataset | Callable[[], Dataset]
 
@@ -94,11 +91,7 @@ def train(task: Task) -> dict[str, Any] | None:
     begin = time.perf_counter()
     models = [task.recipe.build(data, cell.seed) for cell in task.cells]
     start_seconds = (time.perf_counter() - begin) / len(task.cells)
-    batch_size = _BATCH.get(task.device, 1000)
-    before = [
-        evaluate(model, data.validation, batch_size=batch_size)["loss"]
-        for model in models
-    ]
+    before = [evaluate(model, data.validation)["loss"] for model in models]
     runs = _fit(task, models, data)
     if any(run.status == "interrupted" for run in runs):
         if time.time() >= task.deadline:
@@ -174,9 +167,7 @@ def _tested(
     """Test accuracy, read once, and what else the recipe measures."""
     if cell.phase != "test" or run.status != "finished":
         return {"test_accuracy": None}
-    batch_size = _BATCH.get(task.device, 1000)
-    share = accuracy(model, data.test, batch_size=batch_size)
-    found = {"test_accuracy": round(share, DIGITS)}
+    found = {"test_accuracy": round(accuracy(model, data.test), DIGITS)}
     if task.recipe.measure is not None:
         found["measured"] = task.recipe.measure(model, data, cell.seed)
     return found
