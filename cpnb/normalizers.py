@@ -104,6 +104,9 @@ def normalize(
         raise TypeError(
             f"{unknown} are no options of {name!r}, expected some of {list(known)}."
         )
+    for flag in ("output", "detach"):
+        if not isinstance(given := options.get(flag, False), bool):
+            raise TypeError(f"{flag} is {given!r}, expected True or False.")
     return NORMALIZERS[name].apply(model, skip, **options)
 
 

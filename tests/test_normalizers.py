@@ -751,6 +751,18 @@ def with_row(value):
             "n_power_iterations is 0, expected at least 1",
         ),
         (
+            *(nn.Linear(3, 3), "spectral", {"eps": -1}, ValueError),
+            "eps is -1, expected a finite number above 0",
+        ),
+        (
+            *(nn.Sequential(nn.Linear(3, 3)), "batch", {"output": 3}, TypeError),
+            "output is 3, expected True or False",
+        ),
+        (
+            *(nn.Linear(3, 3), "conditioned", {"detach": 1}, TypeError),
+            "detach is 1, expected True or False",
+        ),
+        (
             *(nn.Linear(3, 3), "group", {"group_size": 0}, ValueError),
             "group_size is 0, expected at least 1",
         ),

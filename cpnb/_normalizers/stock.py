@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from cpnb._checks import check_count
+from cpnb._checks import check_count, check_positive
 from cpnb._normalizers.base import drawing_from, per_layer
 from cpnb.surgery import Skip
 
@@ -43,6 +43,7 @@ def spectral(
 ) -> nn.Module:
     """Spectral norm of the kernel as one ``(out, fan_in)`` matrix."""
     count = check_count(n_power_iterations, "n_power_iterations")
+    eps = check_positive(eps, "eps")
 
     def normalise(layer: nn.Module) -> nn.Module:
         with drawing_from(generator, layer.weight.device):
