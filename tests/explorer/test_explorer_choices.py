@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+from parts import LONG
 from torch import nn
 
 import cpnb
@@ -13,52 +14,7 @@ from cpnb._explorer import live
 from cpnb._explorer.choices import KEYS, REFITS
 from cpnb._explorer.history import History, Position
 from cpnb._explorer.pareto import known_points, pareto_front
-from cpnb.layers import CPConv2d, CPLinear
-from cpnb.sweep import rank_sweep
-from cpnb.widgets import RankExplorer
-
-LONG = 30  # seconds; a test that waits this long has failed
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv = CPConv2d(1, 6, 3, rank=8)
-        self.fc = CPLinear(24, 5, rank=6)
-
-    def forward(self, images):
-        return self.fc(self.conv(images).relu().flatten(1))
-
-
-@pytest.fixture
-def model():
-    return Net()
-
-
-@pytest.fixture
-def data(model):
-    images = torch.randn(80, 1, 4, 4)
-    with torch.no_grad():
-        return images, model(images).argmax(1)
-
-
-@pytest.fixture
-def sweep(model, data):
-    return rank_sweep(model, data, progress=False)
-
-
-@pytest.fixture
-def explore():
-    """RankExplorer, closed after the test."""
-    made = []
-
-    def make(*args, **options):
-        made.append(RankExplorer(*args, **options))
-        return made[-1]
-
-    yield make
-    for explorer in made:
-        explorer.close()
+from cpnb.layers import CPLinear
 
 
 def words(widget):

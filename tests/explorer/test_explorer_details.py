@@ -9,8 +9,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from parts import LONG, Net
 from PIL import Image
-from torch import nn
 
 import cpnb
 from cpnb._data.splits import Split
@@ -26,48 +26,14 @@ from cpnb._explorer.details import (
 )
 from cpnb._explorer.details_figure import DetailsFigure
 from cpnb._explorer.pictures import SIDE, image_picture, kernel_picture
-from cpnb.layers import CPConv2d, CPLinear
-from cpnb.widgets import RankExplorer
-
-LONG = 30  # seconds; a test that waits this long has failed
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv = CPConv2d(1, 6, 3, rank=8)
-        self.fc = CPLinear(24, 5, rank=6)
-
-    def forward(self, images):
-        return self.fc(self.conv(images).relu().flatten(1))
+from cpnb.layers import CPLinear
 
 
 @pytest.fixture
-def model():
-    return Net()
-
-
-@pytest.fixture
-def data(model):
-    images = torch.randn(80, 1, 4, 4)
-    with torch.no_grad():
-        labels = model(images).argmax(1)
+def data(data):
+    images, labels = data
     labels[::9] = 0  # some are wrong from the start
     return images, labels
-
-
-@pytest.fixture
-def explore():
-    """RankExplorer, closed after the test."""
-    made = []
-
-    def make(*args, **options):
-        made.append(RankExplorer(*args, **options))
-        return made[-1]
-
-    yield make
-    for explorer in made:
-        explorer.close()
 
 
 def words(explorer):

@@ -11,6 +11,7 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
+from parts import LONG, Net
 from PIL import Image
 from torch import nn
 
@@ -18,53 +19,10 @@ from cpnb._explorer import controls
 from cpnb._explorer.figure import ExplorerFigure
 from cpnb._explorer.state import explorer_state, size_words, status_lines
 from cpnb.evaluation import accuracy
-from cpnb.layers import CPConv2d, CPLinear
+from cpnb.layers import CPLinear
 from cpnb.sweep import rank_sweep
 from cpnb.truncation import kept_rank, truncate
 from cpnb.widgets import RankExplorer
-
-LONG = 30  # seconds; a test that waits this long has failed
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv = CPConv2d(1, 6, 3, rank=8)
-        self.fc = CPLinear(24, 5, rank=6)
-
-    def forward(self, images):
-        return self.fc(self.conv(images).relu().flatten(1))
-
-
-@pytest.fixture
-def model():
-    return Net()
-
-
-@pytest.fixture
-def data(model):
-    images = torch.randn(80, 1, 4, 4)
-    with torch.no_grad():
-        return images, model(images).argmax(1)
-
-
-@pytest.fixture
-def sweep(model, data):
-    return rank_sweep(model, data, progress=False)
-
-
-@pytest.fixture
-def explore():
-    """RankExplorer, closed after the test."""
-    made = []
-
-    def make(*args, **options):
-        made.append(RankExplorer(*args, **options))
-        return made[-1]
-
-    yield make
-    for explorer in made:
-        explorer.close()
 
 
 def words(explorer):

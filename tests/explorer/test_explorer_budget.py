@@ -1,58 +1,19 @@
 """The budget slider of the rank explorer, without a browser."""
 
 import html
+from functools import partial
 
 import pytest
-import torch
-from torch import nn
 
 import cpnb
 from cpnb._explorer import board
 from cpnb._explorer.budget import BUDGET, budget_at, budget_problem, budget_range
-from cpnb.layers import CPConv2d, CPLinear
 from cpnb.sweep import rank_sweep
-from cpnb.widgets import RankExplorer
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv = CPConv2d(1, 6, 3, rank=8)
-        self.fc = CPLinear(24, 5, rank=6)
-
-    def forward(self, images):
-        return self.fc(self.conv(images).relu().flatten(1))
 
 
 @pytest.fixture
-def model():
-    return Net()
-
-
-@pytest.fixture
-def data(model):
-    images = torch.randn(80, 1, 4, 4)
-    with torch.no_grad():
-        return images, model(images).argmax(1)
-
-
-@pytest.fixture
-def sweep(model, data):
-    return rank_sweep(model, data, progress=False)
-
-
-@pytest.fixture
-def explore():
-    """RankExplorer, closed after the test."""
-    made = []
-
-    def make(*args, **options):
-        made.append(RankExplorer(*args, **options, background=False))
-        return made[-1]
-
-    yield make
-    for explorer in made:
-        explorer.close()
+def explore(explore):
+    return partial(explore, background=False)
 
 
 def words(explorer):
