@@ -1,5 +1,6 @@
 """What every test shares: a quiet matplotlib, repeatable random numbers."""
 
+import os
 import sys
 
 import matplotlib
@@ -8,6 +9,10 @@ import torch
 from hypothesis import settings
 
 matplotlib.use("agg")
+
+# A processor for each of several test processes.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
 
 # The same examples every time, so that a failure is a change in the code;
 # `pytest --hypothesis-profile=explore` looks for new ones.

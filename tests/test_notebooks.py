@@ -64,6 +64,14 @@ def test_notebook_outputs_are_those_of_its_code(script):
 
 
 @every_notebook
+def test_notebook_cells_are_short_enough_to_read(script):
+    for cell in jupytext.read(script).cells:
+        lines = [line for line in cell.source.splitlines() if line.strip()]
+        if cell.cell_type == "code":
+            assert len(lines) <= 25, lines[0]
+
+
+@every_notebook
 def test_notebook_is_executed_in_order_without_errors(script):
     notebook = read(script)
     nbformat.validate(notebook)
