@@ -10,7 +10,6 @@ import ipywidgets
 
 from cpnb._explorer.budget import (
     BUDGET,
-    allocated_ranks,
     budget_at,
     budget_problem,
     budget_range,
@@ -89,7 +88,7 @@ class Board:
         if self.axis == GLOBAL:
             return (table.ranks_at(step / 100) for step in nearest)
         if self.axis == BUDGET:
-            return () if self.budget_problem else allocated_ranks(table, nearest)
+            return () if self.budget_problem else map(self._live.allocated, nearest)
         return ({**self.ranks, self.axis: step} for step in nearest)
 
     def check_budget(self) -> None:
@@ -143,7 +142,18 @@ class Board:
                 key, refit = self._switches.key.value, self._switches.refit.value
                 self._live.choose(Choice(key, refit))
                 self.check_budget()
+                self._spend_again()
             self._remember()
+
+    def _spend_again(self) -> None:
+        """After another choice, the budget that was slid last buys other ranks."""
+        if self.axis != BUDGET:
+            return
+        if self.budget_problem is not None:  # what is shown is no allocation any more
+            self.axis = self.layer
+            return
+        for name, value in self._consequences(BUDGET).items():
+            self._set(name, value)
 
     def _go(self, find: Callable[[], Position]) -> None:
         """Return to a position remembered."""
@@ -176,7 +186,7 @@ class Board:
         if axis == GLOBAL:
             others = table.ranks_at(self.value(GLOBAL) / 100)
         elif axis == BUDGET:
-            (others,) = allocated_ranks(table, [self.value(BUDGET)])
+            others = self._live.allocated(self.value(BUDGET))
         ranks = {**self.ranks, **others}
         kept = sum(ranks.values()) / sum(table.ranks.values())
         follow = {GLOBAL: max(1, round(100 * kept)), BUDGET: budget_at(table, ranks)}

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Sequence
 
 from cpnb._explorer.state import label
 from cpnb._sweep.points import RankPoint
 from cpnb._sweep.table import RankSweep
-from cpnb.allocation import allocate_ranks
+from cpnb.allocation import RankChoice, allocate_ranks
 
 BUDGET = "*budget"
 """Stands in the place of a layer name for the parameters of the whole network."""
@@ -51,26 +51,30 @@ def budget_problem(sweep: RankSweep) -> str | None:
     )
 
 
-def allocated_ranks(
-    sweep: RankSweep, percents: Iterable[int]
-) -> Iterator[dict[str, int]]:
-    """Ranks that the allocator buys for shares of the dense parameters.
+def allocated_front(sweep: RankSweep) -> tuple[RankChoice, ...]:
+    """What the allocator buys at any budget of parameters, the cheapest first.
 
     Args:
         sweep: A table with every layer's own curve.
-        percents: Budgets in percent of the parameters of the dense network.
-
-    Yields:
-        Components of every layer, for one budget after the other. The allocator runs
-        once: what it buys is on its front for any budget.
-
-    Raises:
-        ValueError: If a budget does not pay for any allocation.
     """
-    budgets = [percent * sweep.dense_parameters // 100 for percent in percents]
-    bought = allocate_ranks(sweep, budget=min(budgets), unit="parameters")
-    for budget in budgets:
-        yield [each for each in bought.front if each.cost <= budget][-1].ranks
+    return allocate_ranks(sweep, budget=sweep.point().parameters).front
+
+
+def allocated_ranks(
+    front: Sequence[RankChoice], dense_parameters: int, percent: int
+) -> dict[str, int]:
+    """Ranks that the allocator buys for a share of the dense parameters.
+
+    Args:
+        front: From :func:`allocated_front`.
+        dense_parameters: Parameters of the dense network.
+        percent: Budget in percent of them, within :func:`budget_range`.
+
+    Returns:
+        Components of every layer.
+    """
+    budget = percent * dense_parameters // 100
+    return [each for each in front if each.cost <= budget][-1].ranks
 
 
 def _percent(point: RankPoint) -> int:

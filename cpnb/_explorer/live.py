@@ -11,6 +11,7 @@ from torch import nn
 
 from cpnb._explorer.arguments import agree, check_images, given_sweep
 from cpnb._explorer.background import LatestWins
+from cpnb._explorer.budget import allocated_ranks
 from cpnb._explorer.choices import Choice
 from cpnb._explorer.pareto import Pairs
 from cpnb._explorer.tables import ChoiceTable, Point, Ranks, only_whole
@@ -115,6 +116,12 @@ class LiveTable:
     def known(self) -> Pairs:
         """Its points, as :func:`known_points` gives them. Hold ``guard``."""
         return self._tables[self.choice].known
+
+    def allocated(self, percent: int) -> dict[str, int]:
+        """Ranks for a budget in percent of dense, see :func:`allocated_ranks`."""
+        with self.guard:
+            table = self._tables[self.choice]
+            return allocated_ranks(table.front, table.sweep.dense_parameters, percent)
 
     @property
     def measures(self) -> bool:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from cpnb._explorer.budget import allocated_front
 from cpnb._explorer.choices import Choice
 from cpnb._explorer.pareto import Pairs, known_points
 from cpnb._sweep.meter import Measurement, RankMeter
 from cpnb._sweep.table import RankSweep
+from cpnb.allocation import RankChoice
 
 Ranks = Mapping[str, int]
 Point = tuple[int, ...]
@@ -31,6 +33,7 @@ class ChoiceTable:
     measured: set[Point] = field(default_factory=set)
     failures: dict[Point, Exception] = field(default_factory=dict)
     known: Pairs = field(init=False)
+    _front: tuple[RankChoice, ...] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         """List the points that the sweep brings along."""
@@ -42,6 +45,18 @@ class ChoiceTable:
         point = self.sweep.point(ranks)
         self.known.append((point.size, point.accuracy))
         self.measured.add(tuple(point.ranks.values()))
+        cut = [
+            name for name, rank in point.ranks.items() if rank < self.sweep.ranks[name]
+        ]
+        if len(cut) <= 1:  # the curve of one layer, which the allocator reads
+            self._front = None
+
+    @property
+    def front(self) -> tuple[RankChoice, ...]:
+        """What :func:`allocated_front` buys from the table as it is now."""
+        if self._front is None:
+            self._front = allocated_front(self.sweep)
+        return self._front
 
 
 def only_whole(sweep: RankSweep, choice: Choice) -> RankSweep:

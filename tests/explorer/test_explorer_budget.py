@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 
 import cpnb
-from cpnb._explorer import board
+from cpnb._explorer import live
 from cpnb._explorer.budget import BUDGET, budget_at, budget_problem, budget_range
 from cpnb.sweep import rank_sweep
 
@@ -84,14 +84,42 @@ def test_budget_is_disabled_with_the_reason_until_every_layer_is_known(
 def test_budget_shows_an_error_of_the_allocator_and_recovers(
     explore, sweep, monkeypatch
 ):
-    def broken(table, percents):
+    def broken(front, dense_parameters, percent):
         raise ValueError("nothing costs so little")
 
     explorer = explore(sweep)
-    monkeypatch.setattr(board, "allocated_ranks", broken)
+    monkeypatch.setattr(live, "allocated_ranks", broken)
     explorer.sliders[BUDGET].value = 50
     assert explorer.status.value.startswith('<div role="alert"')
     assert "ValueError: nothing costs so little" in words(explorer)
     assert explorer.ranks == sweep.ranks
     explorer.sliders["conv"].value = 3
     assert explorer.status.value.startswith('<div role="status"')
+
+
+def test_budget_spends_on_what_has_been_measured_since(explore, model, data):
+    coarse = rank_sweep(model, data, ranks={"conv": [1, 8], "fc": [1, 6]})
+    explorer = explore(model, data, sweep=coarse)
+    explorer.sliders[BUDGET].value = 120
+    explorer.switches.reset.click()
+    for rank in range(2, 8):
+        explorer.sliders["conv"].value = rank
+    explorer.sliders[BUDGET].value = 120
+    allowed = 120 * coarse.dense_parameters // 100
+    assert explorer.ranks == cpnb.allocate_ranks(explorer.sweep, budget=allowed).ranks
+    assert explorer.ranks != cpnb.allocate_ranks(coarse, budget=allowed).ranks
+
+
+def test_budget_is_no_allocation_any_more_after_a_key_without_a_table(
+    explore, model, data, sweep
+):
+    explorer = explore(model, data, sweep=sweep)
+    explorer.sliders[BUDGET].value = 70
+    ranks = explorer.ranks
+    assert "Budget of 70 %" in words(explorer)
+    explorer.switches.key.value = "greedy"
+    assert explorer.ranks == ranks
+    assert "allocated to the layers" not in words(explorer)
+    assert "No budget to slide" in words(explorer)
+    explorer.switches.undo.click()
+    assert "Budget of 70 %" in words(explorer)
