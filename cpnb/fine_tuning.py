@@ -115,7 +115,14 @@ def truncate_gradually(
             name: max(last, round(whole[name] * (last / whole[name]) ** (step / steps)))
             for name, last in goal.items()
         }
-        model = truncate(model, rank=ranks, key=key, refit=refit, data=data)
+        model = truncate(
+            model,
+            rank=ranks,
+            key=key,
+            refit=refit,
+            data=data,
+            progress=options.get("progress", True),
+        )
         measured = options.get("validation") or data
         before = accuracy(model, measured)
         run = fine_tune(model, data, epochs=epochs, lr=lr, **options)

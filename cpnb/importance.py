@@ -111,7 +111,11 @@ def component_orders(
             name: torch.arange(len(lam), device=lam.device)
             for name, (lam, _) in parts.items()
         }
-    return {name: _random(lam, generator) for name, (lam, _) in parts.items()}
+    seed = 0
+    if generator is not None:
+        drawn = torch.randint(2**62, (), generator=generator, device=generator.device)
+        seed = int(drawn)
+    return {name: _random(lam, seed) for name, (lam, _) in parts.items()}
 
 
 def ranked_layers(
@@ -167,11 +171,11 @@ def _descending(scores: Tensor) -> Tensor:
     return scores.argsort(descending=True, stable=True)
 
 
-def _random(lam: Tensor, generator: torch.Generator | None) -> Tensor:
-    # Seeded anew for each layer, so that a truncation can be repeated layer by layer.
-    generator = generator or torch.Generator().manual_seed(0)
-    order = torch.randperm(len(lam), generator=generator, device=generator.device)
-    return order.to(lam.device)
+def _random(lam: Tensor, seed: int) -> Tensor:
+    # Seeded anew for each layer, so that the order of one does not depend on which
+    # others are cut.
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(len(lam), generator=generator).to(lam.device)
 
 
 def _greedy(lam: Tensor, units: list[Tensor]) -> Tensor:

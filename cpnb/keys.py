@@ -13,6 +13,7 @@ from cpnb._checks import check_module
 from cpnb._sweep.points import GLOBAL
 from cpnb._tables import html_table, text_table
 from cpnb.importance import check_refit
+from cpnb.surgery import cp_layers
 from cpnb.sweep import RankSweep, rank_sweep
 
 COMPARED = ("lam", "greedy", "gradient", "hessian", "activation", "random")
@@ -81,8 +82,8 @@ def compare_keys(
         models: Networks of the same architecture and ranks, or one.
         data: As in `rank_sweep`: measured on the validation split of a data set, the
             keys on images looking at its training split; a pair serves for both.
-        ranks: Where to cut, as in `rank_sweep`; by default a quarter, half and three
-            quarters of the components of all layers.
+        ranks: Where to cut, a mapping as in `rank_sweep`; by default a quarter, half
+            and three quarters of the components of all layers.
         keys: Keys of `component_order`.
         refits: Refits of `truncate`.
         progress: Whether to show a bar.
@@ -93,13 +94,17 @@ def compare_keys(
 
     Raises:
         TypeError: As `rank_sweep`.
-        ValueError: As `rank_sweep`.
+        ValueError: As `rank_sweep`, and if there is no network or their ranks differ.
     """
     from tqdm import tqdm
 
     models = [models] if isinstance(models, nn.Module) else list(models)
-    for n, model in enumerate(models):
-        check_module(model, f"models[{n}]")
+    _check_alike(models)
+    if not isinstance(ranks, Mapping | None):
+        raise TypeError(
+            f"ranks is a {type(ranks).__name__}, expected a mapping from layers to "
+            "ranks, or from '*' to fractions of the components of all."
+        )
     ranks = {GLOBAL: (0.25, 0.5, 0.75)} if ranks is None else ranks
     ranks = {axis: tuple(places) for axis, places in ranks.items()}
     ways = [(key, check_refit(refit)) for key in keys for refit in refits]
@@ -117,6 +122,24 @@ def compare_keys(
         except KeyboardInterrupt:
             return KeyComparison(sweeps, "interrupted")
     return KeyComparison(sweeps)
+
+
+def _check_alike(models: Sequence[nn.Module]) -> None:
+    """Refuse networks over which a mean at one rank has no meaning."""
+    if not models:
+        raise ValueError("models is empty, expected at least one network.")
+    for n, model in enumerate(models):
+        check_module(model, f"models[{n}]")
+    first, *others = [
+        {name: layer.rank for name, layer in cp_layers(model).items()}
+        for model in models
+    ]
+    for n, found in enumerate(others, start=1):
+        if found != first:
+            raise ValueError(
+                f"models[{n}] has the CP ranks {found}, expected {first} as in "
+                "models[0]. Compare networks of other ranks by themselves."
+            )
 
 
 def _summary(rows: Sequence[Row]) -> Row:

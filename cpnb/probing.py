@@ -63,7 +63,7 @@ def probe(
     """
     from tqdm import tqdm
 
-    images, labels = _calibration(data)
+    images, labels = calibration_images(data)
     device, dtype = placement(model, images)
     parts = {name: _Components(name, layer) for name, layer in layers.items()}
     batches = tqdm(
@@ -235,7 +235,7 @@ def _recorded(layers: Mapping[str, CPLayer]) -> Iterator[list[_Call]]:
             handle.remove()
 
 
-def _calibration(data: Any) -> tuple[Tensor, Tensor]:
+def calibration_images(data: Any) -> tuple[Tensor, Tensor]:
     """Images to look at: 1,000 for training, evenly spaced, or what is given."""
     given = split_or_pair(data, "train")
     if isinstance(data, Split | tuple | list):

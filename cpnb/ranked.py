@@ -20,6 +20,7 @@ class RankedLayer:
 
     Attributes:
         layer: The layer.
+        order: Its components, as given.
         norm: Frobenius norm of its kernel.
         refit: Whether the λ of the kept components change with the rank.
         factors: Unit factors in order, one per mode, also of size 1; in the dtype of
@@ -31,7 +32,7 @@ class RankedLayer:
     ) -> None:
         """Bring the components in order."""
         self.layer, self.refit = layer, gram is not None
-        self._order = order
+        self.order = order
         lam, units = finite_components(layer)
         self._lam, self._overlap = lam[order], unit_gram(lam, units)[order][:, order]
         self._gram = None if gram is None else gram[order][:, order]
@@ -59,7 +60,7 @@ class RankedLayer:
 
     def cut(self, rank: int) -> CPLayer:
         """A copy with the first ``rank`` components, in the order of the layer."""
-        index, places = self._order[:rank].sort()
+        index, places = self.order[:rank].sort()
         lam = self.lam(rank)[places] if self.refit and rank < len(self._lam) else None
         return keep_components(self.layer, index, lam)
 

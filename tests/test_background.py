@@ -75,6 +75,26 @@ def test_latest_wins_hands_over_errors_and_goes_on(worker, recorder):
     assert recorder.outcomes[1] == ("good", "GOOD")
 
 
+def test_latest_wins_outlives_an_error_of_its_callbacks(recorder, monkeypatch):
+    said = []
+    monkeypatch.setattr(threading, "excepthook", said.append)
+
+    def done(item, outcome):
+        if item == "first":
+            raise ValueError("cannot be shown")
+        recorder.done(item, outcome)
+
+    recorder.gate.set()
+    worker = LatestWins(recorder.work, done)
+    worker.request("first")
+    assert worker.wait(LONG)
+    worker.request("second")
+    assert worker.wait(LONG)
+    worker.close()
+    assert recorder.outcomes == [("second", "SECOND")]
+    assert [str(seen.exc_value) for seen in said] == ["cannot be shown"]
+
+
 def test_latest_wins_starts_its_thread_with_the_first_request(worker, recorder):
     assert not worker.alive
     worker.request("a")

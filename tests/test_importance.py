@@ -9,7 +9,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import cpnb
-from cpnb.importance import DATA_KEYS, KEYS
+from cpnb.importance import DATA_KEYS, KEYS, component_orders
 from cpnb.probing import probe
 
 RANKS = {"first": 5, "layer": 6, "fc": 4}
@@ -238,6 +238,12 @@ def test_random_order_is_the_same_every_time_and_another_with_a_generator(net):
         for _ in range(20)
     }
     assert len(drawn) > 15
+    orders = [
+        component_orders(net, names, "random", generator=generator.manual_seed(2))
+        for names in (list(cpnb.cp_layers(net))[-1:], cpnb.cp_layers(net))
+    ]
+    for name, order in orders[0].items():
+        assert torch.equal(order, orders[1][name])
     state = torch.get_rng_state()
     cpnb.truncate(net, keep=0.5, key="random")
     assert torch.equal(state, torch.get_rng_state())

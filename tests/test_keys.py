@@ -84,3 +84,13 @@ def test_compare_keys_refuses_what_is_no_network(nets, data):
         cpnb.compare_keys([nets[0], "net"], data)
     with pytest.raises(ValueError, match="key is 'size', expected one of"):
         cpnb.compare_keys(nets, data, keys=["size"], progress=False)
+
+
+def test_compare_keys_refuses_networks_without_a_common_rank(nets, data):
+    other = cpnb.canonicalize(cpnb.to_dense(nets[1]), rank=5)
+    with pytest.raises(ValueError, match=r"models\[1\] has the CP ranks {'0': 5, '3'"):
+        cpnb.compare_keys([nets[0], other], data, progress=False)
+    with pytest.raises(ValueError, match="models is empty, expected at least one"):
+        cpnb.compare_keys([], data)
+    with pytest.raises(TypeError, match="ranks is a list, expected a mapping from"):
+        cpnb.compare_keys(nets, data, [1, 2])

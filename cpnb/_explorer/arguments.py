@@ -63,12 +63,16 @@ def agree(name: str, wanted: Any, default: Any, sweep: RankSweep | None) -> Any:
 
 
 def check_images(sweep: RankSweep, measured: RankSweep) -> None:
-    """Raise ValueError unless both tables are about the same images."""
-    ours = measured.provenance["images_fingerprint"]
-    theirs = sweep.provenance.get("images_fingerprint", ours)
-    if theirs != ours:
-        raise ValueError(
-            "sweep was measured on other images than data: fingerprint "
-            f"{theirs[:12]}, data has {ours[:12]}. Pass the data of the sweep, or "
-            "sweep this data with rank_sweep(model, data)."
-        )
+    """Raise ValueError unless both tables are of the same images and the same order."""
+    for name, difference in (
+        ("images", "was measured on other images than data"),
+        ("order", "was cut by other images than data holds for it, or by another draw"),
+    ):
+        ours = measured.provenance[f"{name}_fingerprint"]
+        theirs = sweep.provenance.get(f"{name}_fingerprint", ours)
+        if theirs != ours:
+            raise ValueError(
+                f"sweep {difference}: fingerprint {theirs[:12]}, here {ours[:12]}. "
+                "Pass the data of the sweep, or sweep this data with "
+                "rank_sweep(model, data)."
+            )

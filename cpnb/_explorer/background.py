@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -128,6 +129,9 @@ class LatestWins:
                 if not idle or (item := self._ahead()) is not None:
                     self._run(item)
                     self._may_prepare = True
+            except Exception:  # of done or ahead: said as any thread's, and gone on
+                seen = (*sys.exc_info(), threading.current_thread())
+                threading.excepthook(threading.ExceptHookArgs(seen))
             finally:
                 with self._changed:
                     self._running = None

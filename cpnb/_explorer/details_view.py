@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import html
 from typing import Any
 
@@ -29,7 +30,8 @@ class DetailsView(ipywidgets.VBox):
     def __init__(self, network: nn.Module | None, data: Any) -> None:
         """Keep what is needed; nothing is evaluated or drawn yet."""
         able = network is not None and data is not None
-        self._observer = Observer(network, data) if able else None
+        # A copy, because it is evaluated on another thread than others copy it on.
+        self._observer = Observer(copy.deepcopy(network), data) if able else None
         self._figure: DetailsFigure | None = None
         self.shown: Job | None = None
         # No tooltip: the front end of ipywidgets 8.1 fails to draw an image with one.

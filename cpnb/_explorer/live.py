@@ -189,8 +189,9 @@ class LiveTable:
         meter = self._tables[self.choice].meter
         if meter is not None:  # its components are in order already
             return meter.cut(self.network, ranks)
-        how = self.choice._asdict()
-        return truncate(self.network, rank=dict(ranks), data=self._data, **how)
+        # A copy, because keys on images hook it while the thread may be copying it.
+        network, how = copy.deepcopy(self.network), self.choice._asdict()
+        return truncate(network, rank=dict(ranks), data=self._data, **how)
 
     def wait(self, timeout: float | None = None) -> bool:
         """Block until nothing asked for is waiting or running; False on timeout."""

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from cpnb.evaluation import images_and_labels
+from cpnb.importance import DATA_KEYS
+from cpnb.probing import calibration_images
 from cpnb.surgery import cp_layers
 
 
@@ -54,6 +56,28 @@ def data_fingerprint(data: Any) -> str:
     """
     digest = hashlib.sha256()
     _update(digest, zip(("images", "labels"), images_and_labels(data), strict=True))
+    return digest.hexdigest()
+
+
+def order_fingerprint(key: str, refit: bool | str, data: Any, orders: Any) -> str:
+    """Hash what decides a cut beside the network, its key and its refit.
+
+    Args:
+        key: As in `cpnb.truncate`.
+        refit: False, True or ``"data"``.
+        data: As in `cpnb.truncate`.
+        orders: The components of every layer in order, one tensor each.
+
+    Returns:
+        A SHA-256 digest of the images that the key or the refit looks at, and of the
+        orders that the random key drew; of nothing for any other cut.
+    """
+    digest = hashlib.sha256()
+    if key in DATA_KEYS or refit == "data":
+        images = calibration_images(data)
+        _update(digest, zip(("images", "labels"), images, strict=True))
+    if key == "random":
+        _update(digest, (("order", order) for order in orders))
     return digest.hexdigest()
 
 

@@ -10,7 +10,11 @@ import torch
 from torch import nn
 
 from cpnb._checks import check_count, check_module
-from cpnb._sweep.fingerprints import data_fingerprint, model_fingerprint
+from cpnb._sweep.fingerprints import (
+    data_fingerprint,
+    model_fingerprint,
+    order_fingerprint,
+)
 from cpnb._sweep.flops import count_flops
 from cpnb._sweep.points import GLOBAL, SweptLayer
 from cpnb._sweep.table import RankSweep
@@ -69,7 +73,7 @@ class RankMeter:
                 f"model is a {type(model).__name__} without a CP layer, expected at "
                 "least one. Convert it first with canonicalize(model)."
             )
-        self.model = copy.deepcopy(model).eval()
+        self.model, refit = copy.deepcopy(model).eval(), check_refit(refit)
         self.ranked = ranked_layers(
             self.model,
             layers,
@@ -91,7 +95,11 @@ class RankMeter:
         }
         self._present: dict[str, tuple[int, nn.Module]] = {}
         device, dtype = placement(model, self.images)
-        hashed = data_fingerprint((self.images, self.labels))
+        orders = [ranked.order for ranked in self.ranked.values()]
+        hashed = {
+            "images_fingerprint": data_fingerprint((self.images, self.labels)),
+            "order_fingerprint": order_fingerprint(key, refit, data, orders),
+        }
         self.images = self.images.to(dtype)
         outside, flops = count_flops(self.model, self.images[:1].to(device))
         inside = {p for layer in layers.values() for p in layer.parameters()}
@@ -105,14 +113,14 @@ class RankMeter:
             ),
             other_flops=outside,
             key=key,
-            refit=check_refit(refit),
+            refit=refit,
             fingerprint=model_fingerprint(model),
             provenance=provenance(device)
             | {
                 "dtype": str(dtype).removeprefix("torch."),
                 "data": getattr(data, "name", None),
                 "images": len(self.images),
-                "images_fingerprint": hashed,
+                **hashed,
             },
             axes=(*self.ranked, GLOBAL),
         )

@@ -106,7 +106,7 @@
       this.curve.setAttribute("d", path(points, "M", "L"));
       this.dots.setAttribute(
         "d",
-        points.length > 60
+        points.length > 60 && points.every(([x], n) => !n || x - points[n - 1][0] <= 1)
           ? ""
           : points.map(([x, y]) => `M${this.x(x)} ${this.y(y)}h0`).join(""),
       );

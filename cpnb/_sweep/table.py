@@ -31,7 +31,8 @@ class RankSweep(SweptPoints):
         refit: Whether λ was re-solved after each cut, True on the kernel, ``"data"``
             on the outputs.
         fingerprint: Hash of the network, see ``model_fingerprint``.
-        provenance: Versions, device, date, number of images and their hash.
+        provenance: Versions, device, date, number of images, their hash, and that of
+            what decided the order.
         axes: What was swept: layer names, and ``"*"`` for all layers at once.
         keeps: Fractions of the components on the ``"*"`` axis.
         status: ``"finished"`` or ``"interrupted"``.

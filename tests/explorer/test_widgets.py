@@ -25,6 +25,22 @@ from cpnb.truncation import kept_rank, truncate
 from cpnb.widgets import RankExplorer
 
 
+def other_draw(model, data):
+    """A sweep whose components were ordered by a draw of its own."""
+    generator = torch.Generator().manual_seed(5)
+    options = {"key": "random", "generator": generator, "progress": False}
+    return rank_sweep(model, data, ["fc"], [3], **options)
+
+
+class Splits:
+    """A data set with other images to train on than to validate."""
+
+    def __init__(self, data):
+        images, labels = data
+        self.train = images.flip(0), labels.flip(0)
+        self.validation = self.test = data
+
+
 def words(explorer):
     """The status as a reader hears it."""
     return html.unescape(re.sub("<[^>]*>", "\n", explorer.status.value))
@@ -523,6 +539,14 @@ def test_explorer_outside_a_notebook_belongs_to_no_cell():
             "measured on other images",
         ),
         (
+            lambda m, d, s: (
+                (m, d),
+                {"sweep": other_draw(m, d)},
+            ),
+            ValueError,
+            "sweep was cut by other images than data holds for it, or by another draw",
+        ),
+        (
             lambda m, d, s: ((m, d), {"sweep": s, "key": "greedy"}),
             ValueError,
             "key is 'greedy', expected 'lam' as in the sweep",
@@ -596,3 +620,12 @@ data = torch.randn(9, 6), torch.zeros(9, dtype=torch.long)
     finally:
         client.stop_channels()
         manager.shutdown_kernel(now=True)
+
+
+@pytest.mark.parametrize("options", [{"key": "gradient"}, {"refit": "data"}])
+def test_explorer_refuses_a_table_cut_by_other_training_images(model, data, options):
+    splits = Splits(data)
+    sweep = rank_sweep(model, splits, ["fc"], [3], progress=False, **options)
+    RankExplorer(model, splits, sweep=sweep, background=False).close()
+    with pytest.raises(ValueError, match="sweep was cut by other images"):
+        RankExplorer(model, splits.validation, sweep=sweep)
