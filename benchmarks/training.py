@@ -5,7 +5,8 @@ other in either memory layout, and all in one vectorised graph. ``--compile`` ad
 of these through torch.compile; ``--device cuda`` adds mixed precision and CUDA graphs.
 The ways take turns. Of each turn the epochs after the first count, which compiles and
 captures; images per second are those of all networks over the time of all, the median
-of the turns. "cost" is the time of all over that of one network trained alone.
+of the turns. "cost" is the time of all over that of one network trained alone, in the
+fastest way for one.
 """
 
 import argparse
@@ -26,7 +27,10 @@ SHAPES = {
 
 
 def ways(device, compiled):
-    """Name and arguments of each way to train; the others relate to the first."""
+    """Name and arguments of each way to train one network, and of each for several.
+
+    The others relate to the first of those.
+    """
     found = {
         "one after the other": {"vectorise": False, "channels_last": False},
         "channels_last": {"vectorise": False},
@@ -38,7 +42,8 @@ def ways(device, compiled):
         options["bfloat16, captured"] = {"amp": True, "cuda_graph": True}
     if compiled:
         options["compiled"] = {"compile": True}
-    return found | {
+    alone = {"alone": {}} | {f"alone, {more}": extra for more, extra in options.items()}
+    return alone, found | {
         f"{name}, {more}": arguments | extra
         for name, arguments in found.items()
         for more, extra in options.items()
@@ -109,18 +114,17 @@ def main():
         f"threads of {os.cpu_count()} cores, float32"
     )
     data = random_pixels(SHAPES[options.network], options.images)
-    tried = ways(options.device, options.compile)
-    speeds = {name: [] for name in ("alone", *tried)}
+    alone, together = ways(options.device, options.compile)
+    counts = dict.fromkeys(alone, 1) | dict.fromkeys(together, options.networks)
+    speeds = {name: [] for name in counts}
     for _ in range(options.turns):
-        speeds["alone"].append(images_per_second(options, data, 1, {}))
-        for name, arguments in tried.items():
-            found = images_per_second(options, data, options.networks, arguments)
+        for name, arguments in (alone | together).items():
+            found = images_per_second(options, data, counts[name], arguments)
             speeds[name].append(found)
     medians = {name: statistics.median(found) for name, found in speeds.items()}
-    first = medians[next(iter(tried))]
+    first, fastest = medians[next(iter(together))], max(medians[n] for n in alone)
     for name, speed in medians.items():
-        count = 1 if name == "alone" else options.networks
-        cost = count * medians["alone"] / speed
+        cost = counts[name] * fastest / speed
         print(
             f"{name:40s} {speed:9.0f} images/s  {speed / first:5.2f}x  cost {cost:5.2f}"
         )
