@@ -111,7 +111,7 @@ def fit(
             that train one after the other have a file each, with ``-0``, ``-1``, … in
             their names.
         callback: Called as ``callback(epoch, model, record)`` after each epoch, of each
-            network.
+            network. The checkpoint holds the epoch also if it raises.
         progress: Show a text progress bar with images per second.
 
     Returns:

@@ -63,6 +63,22 @@ def refuse(task):
     raise AssertionError("a finished cell ran again")
 
 
+@pytest.fixture
+def epochs(monkeypatch):
+    """The epochs that are trained: each takes a second, and nothing else any time."""
+    clock, seen, stop_in_time = 0.0, [], cells_module._stop_in_time
+
+    def one_second(task, epoch, *rest):
+        nonlocal clock
+        clock += 1
+        seen.append(epoch)
+        stop_in_time(task, epoch, *rest)
+
+    monkeypatch.setattr(cells_module, "_stop_in_time", one_second)
+    monkeypatch.setattr(cells_module.time, "time", lambda: clock)
+    return seen
+
+
 # --- what is run ----------------------------------------------------------------------
 
 
@@ -260,29 +276,34 @@ def test_compare_starts_nothing_after_its_limit(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_compare_goes_on_within_a_cell_that_ran_out_of_time(tmp_path, monkeypatch):
-    recipe = replace(RECIPES[1], settings={**SETTINGS, "epochs": 3})
+def test_compare_goes_on_within_a_cell_that_ran_out_of_time(tmp_path, epochs):
+    recipe = replace(RECIPES[1], settings={**SETTINGS, "epochs": 4})
     plan = {"seeds": [0], "progress": False}
     whole = compare([recipe], SMALL, **plan)
-    clock, epochs, stop_in_time = 0.0, [], cells_module._stop_in_time
-
-    def one_second(task, epoch, *rest):
-        nonlocal clock
-        clock += 1
-        epochs.append(epoch)
-        stop_in_time(task, epoch, *rest)
-
-    monkeypatch.setattr(cells_module, "_stop_in_time", one_second)
-    monkeypatch.setattr(cells_module.time, "time", lambda: clock)
+    epochs.clear()
     stopped = compare([recipe], SMALL, **plan, results=tmp_path, limit=2)
     assert stopped.records["canonical"].cells == []
     found = compare([recipe], SMALL, **plan, results=tmp_path, limit=2)
-    # The epoch in which the time ran out is not kept; the last one is worth finishing.
-    assert epochs == [1, 2, 2, 3]
+    # The epoch in which the time ran out is kept; the last one ends the cell anyway.
+    assert epochs == [1, 2, 3, 4]
     assert without_times(found) == without_times(whole)
     (cell,) = found.records["canonical"].cells
-    assert cell["provenance"]["resumed_after"] == [1]
+    assert cell["provenance"]["resumed_after"] == [2]
     assert [path.name for path in tmp_path.iterdir()] == ["canonical.json"]
+
+
+def test_compare_goes_on_by_an_epoch_when_its_limit_is_shorter(tmp_path, epochs):
+    recipe = replace(RECIPES[0], settings={**SETTINGS, "epochs": 3})
+    plan = {"seeds": [0, 1], "together": 2, "results": tmp_path, "progress": False}
+    # Two networks, one after the other: of each the last epoch ends it in time.
+    for done in ([1], [1, 2], [1, 2, 3, 1], [1, 2, 3, 1, 2], [1, 2, 3, 1, 2, 3]):
+        found = compare([recipe], SMALL, **plan, limit=0.5)
+        assert epochs == done
+    assert found.is_complete
+    resumed = [
+        cell["provenance"]["resumed_after"] for cell in found.records["none"].cells
+    ]
+    assert resumed == [[1, 2], [1, 2]]
 
 
 def test_compare_keeps_the_folder_of_a_training_when_another_ends(

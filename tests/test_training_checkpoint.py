@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,29 @@ def test_interrupted_training_goes_on_with_the_same_model(tmp_path):
     whole, expected = train(None, hooks=[Ending()])
     assert curve(run) == curve(expected)
     assert same_state(model, whole)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ArithmeticError])
+def test_epoch_is_kept_with_what_the_callback_did_also_when_it_raises(error, tmp_path):
+    path = tmp_path / "state.pt"
+
+    def halve(epoch, model, record):
+        with torch.no_grad():
+            model[-1].weight.mul_(0.5)
+
+    def stop(epoch, model, record):
+        halve(epoch, model, record)
+        if epoch == 2:
+            raise error
+
+    whole, expected = train(None, callback=halve)
+    with suppress(ArithmeticError):
+        train(path, callback=stop)
+    assert torch.load(path, weights_only=True)["epoch"] == 2
+    model, run = train(path, callback=halve)
+    assert curve(run) == curve(expected)
+    assert same_state(model, whole)
+    assert run.provenance["resumed_after"] == [2]
 
 
 def test_finished_training_is_returned_at_once(tmp_path):

@@ -104,8 +104,11 @@ class Training:
                     description = f"{place}epoch {epoch}/{epochs}"
                     bar.set_description(description, refresh=False)
                     self._train_epoch(epoch, bar)
-                    if checkpoint is not None:
-                        checkpoint.save(epoch)
+                    try:
+                        self._call_back(epoch)
+                    finally:  # also when it raises: the epoch is over and recorded
+                        if checkpoint is not None:
+                            checkpoint.save(epoch)
             except KeyboardInterrupt:
                 self.networks.collect(self._active())
                 for run in self.runs:
@@ -150,7 +153,7 @@ class Training:
     def _record(
         self, n: int, epoch: int, measured: dict[str, float], seconds: float
     ) -> None:
-        """Evaluate one network, write its epoch down, call back."""
+        """Evaluate one network and write its epoch down."""
         run, model, held_out = self.runs[n], self.networks.models[n], {}
         if self.source.validation is not None and math.isfinite(measured["train_loss"]):
             held_out = evaluate(model, self.source.validation)
@@ -165,8 +168,14 @@ class Training:
             "seconds": seconds,
         }
         run.history.append(record)
-        if self.settings.callback is not None:
-            self.settings.callback(epoch, model, record)
+
+    def _call_back(self, epoch: int) -> None:
+        """Hand the epoch's record of each network to the callback."""
+        if (callback := self.settings.callback) is None:
+            return
+        for run, model in zip(self.runs, self.networks.models, strict=True):
+            if run.status == "finished":
+                callback(epoch, model, run.history[-1])
 
     def _active(self) -> list[bool]:
         return [run.status == "finished" for run in self.runs]
