@@ -306,6 +306,25 @@ def test_compare_goes_on_by_an_epoch_when_its_limit_is_shorter(tmp_path, epochs)
     assert resumed == [[1, 2], [1, 2]]
 
 
+@pytest.mark.parametrize(
+    ("options", "data"),
+    [({"init": "unified"}, SMALL), ({"init": "gaussian"}, partial(SMALL, seed=1))],
+    ids=["recipe", "data"],
+)
+def test_compare_goes_on_with_no_training_of_something_else(
+    options, data, tmp_path, epochs
+):
+    recipe = replace(RECIPES[1], options={"rank": 4, "init": "gaussian"})
+    recipe = replace(recipe, settings={**SETTINGS, "epochs": 3})
+    plan = {"seeds": [0], "results": tmp_path, "progress": False}
+    assert not compare([recipe], SMALL, **plan, limit=2).is_complete
+    other = replace(recipe, options={"rank": 4, **options})
+    found = compare([other], data, **plan)
+    assert epochs == [1, 2, 1, 2, 3]
+    (cell,) = found.records["canonical"].cells
+    assert "resumed_after" not in cell["provenance"]
+
+
 def test_compare_keeps_the_folder_of_a_training_when_another_ends(
     tmp_path, monkeypatch
 ):

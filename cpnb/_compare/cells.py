@@ -55,9 +55,19 @@ class Task:
         """File of the unfinished training, of a name that no other task has."""
         if self.folder is None:
             return None
-        words = [self.recipe.name, *(str(part) for cell in self.cells for part in cell)]
-        digest = hashlib.sha256(" ".join(words).encode()).hexdigest()[:16]
+        what = [self.recipe.describe(), describe_source(self.data), self.cells]
+        words = json.dumps(what, sort_keys=True)
+        digest = hashlib.sha256(words.encode()).hexdigest()[:16]
         return self.folder / UNFINISHED / f"{self.recipe.name}-{digest}.pt"
+
+
+def describe_source(source: DataSource) -> Any:
+    """How a data set is made, in the types of JSON; what it is if it is there already.
+
+    Raises:
+        TypeError: If a function has no lasting description.
+    """
+    return repr(source) if isinstance(source, Dataset) else describe(source, "data")
 
 
 _loaded: dict[str, Dataset] = {}
@@ -67,7 +77,7 @@ def _load(source: DataSource) -> Dataset:
     """The data set; what a function loads stays in memory for the next task."""
     if isinstance(source, Dataset):
         return source
-    what = json.dumps(describe(source, "data"))
+    what = json.dumps(describe_source(source))
     if what not in _loaded:
         _loaded.clear()
         _loaded[what] = source()

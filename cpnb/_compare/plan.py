@@ -9,10 +9,8 @@ from itertools import groupby
 from pathlib import Path
 
 from cpnb._checks import check_count
-from cpnb._compare.cells import DataSource
-from cpnb._compare.describe import describe
+from cpnb._compare.cells import DataSource, describe_source
 from cpnb._compare.record import TUNED, Cell, Record
-from cpnb.data import Dataset
 from cpnb.recipes import Recipe
 from cpnb.training import fit
 
@@ -36,8 +34,7 @@ def planned(
         raise ValueError(
             f"tune names {sorted(unknown)}, expected {' or '.join(map(repr, TUNED))}."
         )
-    source = repr(data) if isinstance(data, Dataset) else describe(data, "data")
-    plan = _seeds(seeds, tune_seeds)
+    source, plan = describe_source(data), _seeds(seeds, tune_seeds)
     return [
         Record(
             recipe.describe(), {"tune": _grid(recipe, tune), **plan}, {"source": source}
