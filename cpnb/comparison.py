@@ -145,7 +145,8 @@ def compare(
             if None.
         device: Device to train on.
         together: How many networks of a recipe one call of `cpnb.fit` trains at most;
-            one on a CPU and any number elsewhere if None.
+            one on a CPU and any number elsewhere if None. Tested networks of a recipe
+            with a ``measure`` train alone, so that each is recorded once measured.
         limit: Seconds after which no cell is started and none goes on after its epoch.
         note: Facts to keep with the provenance of each cell, such as a remark on the
             data.
@@ -173,13 +174,16 @@ def compare(
             forget(task)
 
     device, deadline = str(device), time.time() + limit
-    at_once = together or (1 if device.startswith("cpu") else None)
+    together = together or (1 if device.startswith("cpu") else None)
     try:
         for phase in ("tune", "test"):
             tasks = [
                 Task(recipe, cells, data, device, deadline, dict(note or {}), folder)
                 for recipe in recipes
-                for cells in bundles(records[recipe.name].missing(phase), at_once)
+                for cells in bundles(
+                    records[recipe.name].missing(phase),
+                    1 if phase == "test" and recipe.measure else together,
+                )
             ]
             run_tasks(tasks, executor, keep, phase if progress else None)
     finally:

@@ -184,6 +184,26 @@ def test_compare_measures_more_where_a_recipe_asks():
     )
 
 
+def test_compare_records_each_network_once_it_is_measured(tmp_path):
+    count = 0
+
+    def measure(network, data, seed):
+        nonlocal count
+        count += 1
+        if count == 2:
+            raise KeyboardInterrupt
+        return {"seed": seed}
+
+    recipe = replace(RECIPES[0], measure=measure)
+    plan = {**PLAN, "results": tmp_path, "together": 8}
+    with pytest.raises(KeyboardInterrupt):
+        compare([recipe], SMALL, **plan)
+    (cell,) = Comparison.load(tmp_path).records["none"].tested
+    assert cell["measured"] == {"seed": 0}
+    assert compare([recipe], SMALL, **plan).is_complete
+    assert count == 3, "the second network in two attempts"
+
+
 def test_compare_gives_each_training_hooks_of_its_own():
     made = []
 
