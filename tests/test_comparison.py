@@ -622,6 +622,12 @@ def test_record_is_not_tuned_before_its_last_tuning_cell():
     assert not record.is_complete
 
 
+def test_record_counts_no_network_whose_seed_is_not_planned():
+    record = record_of({0.1: (0.5, 0.7), 0.2: (0.9, 0.4)})
+    record.cells += [Cell("test", 0.2, 0.0, seed)._asdict() for seed in (8, 7)]
+    assert [cell["seed"] for cell in record.tested] == [7]
+
+
 def test_rows_are_means_over_the_tested_networks(folder):
     found = Comparison.load(folder)
     row = {row["recipe"]: row for row in found.rows()}["none"]

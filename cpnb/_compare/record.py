@@ -80,8 +80,9 @@ class Record:
 
     @property
     def tested(self) -> list[dict[str, Any]]:
-        """The cells with fresh seeds at the chosen pair, by seed."""
-        return [] if self.best is None else self.at("test", self.best)
+        """The cells of the planned fresh seeds at the chosen pair, by seed."""
+        cells = [] if self.best is None else self.at("test", self.best)
+        return [cell for cell in cells if cell["seed"] in self.plan["seeds"]]
 
     @property
     def is_complete(self) -> bool:
