@@ -213,6 +213,13 @@ def test_networks_resume_to_the_same_curves(vectorise, tmp_path):
         train(fresh, checkpoint=path, **{**options, "vectorise": not vectorise})
 
 
+def test_one_graph_trains_networks_of_either_mode():
+    together, apart = ([network(0).train(), network(1).eval()] for _ in range(2))
+    runs = train(together, vectorise=True)
+    assert_same(together, apart, runs, train(apart, vectorise=False))
+    assert [model.training for model in together] == [True, False]
+
+
 def test_ctrl_c_ends_all_networks():
     models = [network(seed) for seed in range(3)]
 
@@ -312,6 +319,16 @@ def own_optimizer(parameters):
         ),
         (lambda: with_last(Branching(), Branching()), {}, "torch.vmap fails: "),
         (lambda: with_last(Gain(1), Gain(1.05)), {}, "model[1] has another score"),
+        (
+            lambda: [network(n, mode="dense").float() for n in range(2)],
+            {"amp": "bfloat16"},
+            "torch.vmap fails: Input type",
+        ),
+        (
+            lambda: [nn.Sequential(nn.Flatten(), nn.Linear(72, 3)) for _ in range(2)],
+            {"amp": "bfloat16"},
+            "the scores are in torch.float32, expected torch.bfloat16",
+        ),
         (
             lambda: with_last(Counting(), Counting()),
             {},

@@ -126,8 +126,9 @@ def _obstacle(
 ) -> str | None:
     """Why one graph cannot train these networks as each would train alone, or None.
 
-    What the networks compute is tried: in the first step, on copies in float64, one
-    graph must agree with one network after the other in scores, gradients and buffers.
+    What the networks compute is tried on copies in the first step: in float64, where
+    one graph must agree with one network after the other in scores, gradients and
+    buffers; then in the precision of the training, where it must run as they do.
     """
     if hooked:
         return "hooks act on one network at a time"
@@ -141,30 +142,41 @@ def _obstacle(
         if any(map(_is_hooked, model.modules())):
             return f"model[{n}] has forward or backward hooks"
     try:
-        return _disagreement(models, seeds, source, settings)
+        inputs = _first_step(seeds, source, settings)
+        return _disagreement(models, source, *inputs) or _imprecision(
+            models, source, *inputs, settings.precision(source.labels.device)
+        )
     except Exception as error:
         # Whatever it is: it either goes away in a network of its own or shows there.
         said = f"{error}" or type(error).__name__
         return f"torch.vmap fails: {said.splitlines()[0].rstrip(' .')}"
 
 
-def _disagreement(
-    models: Sequence[nn.Module],
-    seeds: Sequence[int],
-    source: Source,
-    settings: Settings,
-) -> str | None:
-    twins = [deepcopy(model).double().train() for model in models]
+def _first_step(
+    seeds: Sequence[int], source: Source, settings: Settings
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """What `Step` gets first: indices, changes and keys for each network."""
     chance = Chance(seeds, source.labels.device)
     plan = chance.plan(source.images.shape, 1, source.augment)
     first = batch_slices(len(source.labels), settings.batch_size)[0]
     changes = None if plan.changes is None else plan.changes[:, first]
-    exact = replace(source, dtype=torch.float64)
-    images, labels = exact.batch(plan.order[:, first], changes)
-    inputs = images.double(), labels, plan.keys[:, 0]
-    together = _trial(Stacked(twins), *inputs)
+    return plan.order[:, first], changes, plan.keys[:, 0]
+
+
+def _disagreement(
+    models: Sequence[nn.Module],
+    source: Source,
+    index: Tensor,
+    changes: Tensor | None,
+    keys: Tensor,
+) -> str | None:
+    """What one graph computes otherwise than a network alone, in float64."""
+    twins = [deepcopy(model).double().train() for model in models]
+    images, labels = replace(source, dtype=torch.float64).batch(index, changes)
+    inputs = images.double(), labels, keys
+    _, together = _trial(Stacked(twins), *inputs)
     for n, twin in enumerate(twins):
-        alone = _trial(Single(twin), *(tensor[n : n + 1] for tensor in inputs))
+        _, alone = _trial(Single(twin), *(given[n : n + 1] for given in inputs))
         whole = torch.stack([expected.norm() for expected in alone.values()]).norm()
         for name, expected in alone.items():
             error = (together[name][n] - expected[0]).norm()
@@ -174,15 +186,42 @@ def _disagreement(
     return None
 
 
+def _imprecision(
+    models: Sequence[nn.Module],
+    source: Source,
+    index: Tensor,
+    changes: Tensor | None,
+    keys: Tensor,
+    precision: torch.dtype | None,
+) -> str | None:
+    """Whether one graph, as it would be trained, scores in another dtype."""
+    twins = [deepcopy(model).train() for model in models]
+    inputs = *source.batch(index, changes), keys
+    together, _ = _trial(Stacked(twins), *inputs, precision)
+    alone, _ = _trial(Single(twins[0]), *(given[:1] for given in inputs), precision)
+    if together == alone:
+        return None
+    return f"in one graph the scores are in {together}, expected {alone}"
+
+
 def _trial(
-    networks: Networks, images: Tensor, labels: Tensor, keys: Tensor
-) -> dict[str, Tensor]:
-    """Forward and backward: all that comes of it. Shapes ``(m, ...)``, float64."""
-    scores = networks(images, keys)
-    losses = F.cross_entropy(scores.flatten(0, 1), labels.flatten(), reduction="none")
+    networks: Networks,
+    images: Tensor,
+    labels: Tensor,
+    keys: Tensor,
+    precision: torch.dtype | None = None,
+) -> tuple[torch.dtype, dict[str, Tensor]]:
+    """Forward and backward: dtype of the scores, all that comes of it in float64.
+
+    Shapes ``(m, ...)``.
+    """
+    with torch.autocast(images.device.type, precision, enabled=precision is not None):
+        scores = networks(images, keys)
+    wide = scores.flatten(0, 1).double()
+    losses = F.cross_entropy(wide, labels.flatten(), reduction="none")
     losses.view(labels.shape).mean(1).sum().backward()
     found = {"score": scores.detach(), **networks.outcome()}
-    return {name: tensor.double() for name, tensor in found.items()}
+    return scores.dtype, {name: tensor.double() for name, tensor in found.items()}
 
 
 def _form(model: nn.Module) -> tuple[Any, ...]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state
 
 from cpnb._training.dropout import KeyedDropout
+from cpnb.evaluation import preserved_flags
 from cpnb.optimizers import Share
 
 
@@ -104,7 +105,9 @@ class Stacked(Networks):
 
     def __init__(self, models: Sequence[nn.Module]) -> None:
         super().__init__(models)
-        self._parameters, self._buffers = stack_module_state(self.models)
+        with preserved_flags(nn.ModuleList(self.models)) as members:
+            members.train()  # only networks of one mode can be stacked
+            self._parameters, self._buffers = stack_module_state(self.models)
         self._slices: list[tuple[Tensor, Tensor, slice]] = []
         self._forward = torch.vmap(self._one, randomness="error")
 
