@@ -213,6 +213,18 @@ def test_networks_resume_to_the_same_curves(vectorise, tmp_path):
         train(fresh, checkpoint=path, **{**options, "vectorise": not vectorise})
 
 
+def test_networks_go_on_in_the_same_way_whatever_led_to_it(tmp_path):
+    def stop(epoch, model, record):
+        raise KeyboardInterrupt
+
+    path = tmp_path / "state.pt"
+    train([network(0), network(1)], checkpoint=path, callback=stop)
+    runs = train([network(0), network(1)], checkpoint=path, vectorise=False)
+    assert [run.status for run in runs] == ["finished"] * 2
+    assert runs[0].provenance["resumed_after"] == [1]
+    assert runs[0].recipe["members_reason"] == "asked for"
+
+
 def test_one_graph_trains_networks_of_either_mode():
     together, apart = ([network(0).train(), network(1).eval()] for _ in range(2))
     runs = train(together, vectorise=True)

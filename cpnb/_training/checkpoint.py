@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from cpnb._training.loop import Training
 
 _FORMAT = "cpnb training 1"
+# How several networks are trained, which the file's name tells, and why so.
+_NO_IDENTITY = {"members", "members_reason"}
 
 
 class Checkpoint:
@@ -132,6 +134,7 @@ def _identity(training: Training) -> dict[str, Any]:
     identity = {
         name: [recipe[name] for recipe in recipes] if len(recipes) > 1 else value
         for name, value in recipes[0].items()
+        if name not in _NO_IDENTITY
     }
     model, source = training.networks.models[0], training.source
     for name, tensor in tensors_of(model).items():
