@@ -250,6 +250,42 @@ def test_checkpoint_of_another_training_is_refused(change, text, tmp_path):
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 
 
+def test_checkpoint_leaves_on_the_cpu_what_was_there(tmp_path, monkeypatch):
+    """Adam counts its steps there, and would wait for each count on a GPU."""
+    path, load, places = tmp_path / "state.pt", torch.load, []
+
+    class Storage:
+        def to(self, *, device):
+            return device
+
+    def spy(file, *, map_location, **options):
+        places.extend(map_location(Storage(), was) for was in ("cpu", "cuda:1"))
+        return load(file, map_location=map_location, **options)
+
+    train(path)
+    monkeypatch.setattr(torch, "load", spy)
+    train(path)
+    assert isinstance(places[0], Storage)
+    assert places[1] == torch.device("cpu"), "where this training is"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_resumed_adam_counts_its_steps_on_the_cpu(tmp_path):
+    path, found = tmp_path / "state.pt", []
+
+    class Watching(Hook):
+        def after_step(self, model, optimizer, step):
+            found.extend(state["step"].device for state in optimizer.state.values())
+
+    def stop(epoch, model, record):
+        raise KeyboardInterrupt
+
+    settings = {"optimizer": "adam", "lr": 0.01, "hooks": [Watching()]}
+    train(path, network().cuda(), callback=stop, **settings)
+    train(path, network().cuda(), **settings)
+    assert {device.type for device in found} == {"cpu"}
+
+
 @pytest.mark.parametrize("content", ["half", "empty", "text", "other", "weights"])
 def test_damaged_checkpoint_is_refused(content, tmp_path):
     path = tmp_path / "state.pt"

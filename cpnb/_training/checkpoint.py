@@ -90,9 +90,8 @@ class Checkpoint:
         return epoch
 
     def _read(self) -> dict[str, Any]:
-        device = self._training.source.labels.device
         try:
-            state = torch.load(self._path, map_location=device, weights_only=True)
+            state = torch.load(self._path, map_location=self._place, weights_only=True)
         except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
             raise ValueError(
                 f"checkpoint {self._path} cannot be read: damaged, or no checkpoint. "
@@ -105,6 +104,13 @@ class Checkpoint:
                 "Delete it to start from the first epoch."
             )
         return state
+
+    def _place(self, storage: torch.UntypedStorage, was: str) -> torch.UntypedStorage:
+        """What was on a device to that of the training, the rest stays on the CPU."""
+        # Adam counts its steps there: a count on a GPU would be waited for in each.
+        if was == "cpu":
+            return storage
+        return storage.to(device=self._training.source.labels.device)
 
     def _check(self, kept: Mapping[str, Any]) -> None:
         """Refuse the state of another training; name the first difference."""
