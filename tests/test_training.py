@@ -611,6 +611,13 @@ def test_fit_compiled_agrees_with_plain(digits, monkeypatch):
     torch.testing.assert_close(weights(models[0]), weights(models[1]))
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_fit_captures_a_graph_on_a_device_that_is_not_the_current_one(digits):
+    model = LeNetLike().to("cuda:1")
+    run = fit(model, digits.to("cuda:1"), epochs=2, cuda_graph=True, **QUIET)
+    assert run.history[-1]["train_loss"] < run.history[0]["train_loss"]
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "rmsprop"])
 @pytest.mark.parametrize("amp", [False, "bfloat16"])

@@ -106,6 +106,11 @@ class CapturedStep:
 
     def __call__(self, number: int, *inputs: Tensor | None) -> None:
         """Take a step; arguments as of `Step`."""
+        # Streams and graphs are those of the current device.
+        with torch.cuda.device(self.totals.device):
+            self._take(number, *inputs)
+
+    def _take(self, number: int, *inputs: Tensor | None) -> None:
         given = [tensor for tensor in inputs if tensor is not None]
         if not self._inputs:
             self._inputs = [tensor.clone() for tensor in given]
