@@ -789,6 +789,22 @@ def test_normalize_refuses_bad_input(model, name, options, error, text):
         cpnb.normalize(model, name, **options)
 
 
+def test_spectral_draws_from_its_generator_alone_and_starts_as_torch_does(monkeypatch):
+    layer = nn.Conv2d(3, 20, 3)
+    torch.manual_seed(5)
+    expected = parametrizations.spectral_norm(copy.deepcopy(layer))
+    state = torch.get_rng_state()
+    # In a thread this would reseed the generator under the hands of all others.
+    monkeypatch.delattr(torch.random, "fork_rng")
+    generator = torch.Generator().manual_seed(5)
+    found = cpnb.normalize(layer, "spectral", generator=generator)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.testing.assert_close(
+        found.state_dict(), expected.state_dict(), rtol=0, atol=0
+    )
+    assert str(found) == str(expected)
+
+
 def test_spectral_refuses_a_zero_kernel():
     layer = nn.Linear(3, 2)
     nn.init.zeros_(layer.weight)

@@ -1,14 +1,19 @@
-"""Weight and spectral norm by torch's own parametrisations, and a start from data."""
+"""Weight and spectral norm by torch's own parametrisations."""
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations, parametrize
 
 from cpnb._checks import check_count, check_positive
-from cpnb._normalizers.base import drawing_from, per_layer
+from cpnb._normalizers.base import per_layer
 from cpnb.surgery import Skip
+
+_FIRST_ITERATIONS = 15  # of the power method, as torch takes them at the start
 
 
 def _zero_row(matrix: Tensor) -> str | None:
@@ -46,9 +51,26 @@ def spectral(
     eps = check_positive(eps, "eps")
 
     def normalise(layer: nn.Module) -> nn.Module:
-        with drawing_from(generator, layer.weight.device):
-            return parametrizations.spectral_norm(
-                layer, n_power_iterations=count, eps=eps
-            )
+        options = {"n_power_iterations": count, "eps": eps}
+        if generator is None:
+            return parametrizations.spectral_norm(layer, **options)
+        # On the meta device nothing is drawn: torch's own generator is every thread's.
+        shell = copy.deepcopy(layer).to("meta")
+        shell = parametrizations.spectral_norm(shell, **options)
+        norm = shell.parametrizations["weight"][0]
+        _start(norm, layer.weight.detach(), generator)
+        parametrize.register_parametrization(layer, "weight", norm)
+        return layer
 
     return per_layer(model, skip, normalise, reason=_all_zero)
+
+
+def _start(norm: nn.Module, kernel: Tensor, generator: torch.Generator) -> None:
+    """Start the singular vectors as torch's constructor does, but for the draws."""
+    matrix = kernel.flatten(1)
+    for name, size in zip(("_u", "_v"), matrix.shape, strict=True):
+        drawn = torch.randn(
+            size, generator=generator, device=generator.device, dtype=matrix.dtype
+        )
+        setattr(norm, name, F.normalize(drawn.to(matrix.device), dim=0, eps=norm.eps))
+    norm._power_method(matrix, _FIRST_ITERATIONS)
