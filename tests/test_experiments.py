@@ -207,6 +207,20 @@ def test_status_names_the_recipes_that_are_outstanding(defined, tmp_path):
     assert "- **outstanding**: none; 4 cells" in status_text(tmp_path)
 
 
+def test_status_says_of_which_recipe_no_rate_works(monkeypatch, tmp_path):
+    def explode(network):
+        with torch.no_grad():
+            network.fc2.bias.fill_(torch.nan)
+        return network
+
+    bad = cpnb.Recipe("bad", "DigitsNet", explode, settings={"epochs": 1})
+    experiment = replace(TINY, recipes=(TINY.recipes[1], bad))
+    monkeypatch.setattr(experiments, "EXPERIMENTS", {TINY.name: experiment})
+    run_experiment(experiment, tmp_path)
+    assert "- complete; 6 cells" in status_text(tmp_path)
+    assert "| bad | none works | 0 |  |  | 0 |  |" in status_text(tmp_path)
+
+
 # --- committed records ----------------------------------------------------------------
 
 

@@ -68,9 +68,10 @@ def _status(experiment: Experiment, found: Comparison) -> list[str]:
         "|---" * len(_HEAD) + "|",
     ]
     for row in found.rows():
-        if row["n"] or row["diverged"]:
+        if row["n"] or row["diverged"] or row["failed"]:
             seconds = "" if row["seconds"] is None else f"{row['seconds']:.1f}"
-            entries = [row["recipe"], f"{row['lr']:g}", str(row["n"])]
+            rate = "none works" if row["failed"] else f"{row['lr']:g}"
+            entries = [row["recipe"], rate, str(row["n"])]
             entries += [percent(row["validation"]), percent(row["test"])]
             lines.append(f"| {' | '.join([*entries, str(row['diverged']), seconds])} |")
     return lines
