@@ -116,12 +116,20 @@ def main():
     data = random_pixels(SHAPES[options.network], options.images)
     alone, together = ways(options.device, options.compile)
     counts = dict.fromkeys(alone, 1) | dict.fromkeys(together, options.networks)
-    speeds = {name: [] for name in counts}
+    speeds, refused = {name: [] for name in counts}, {}
     for _ in range(options.turns):
         for name, arguments in (alone | together).items():
-            found = images_per_second(options, data, counts[name], arguments)
-            speeds[name].append(found)
-    medians = {name: statistics.median(found) for name, found in speeds.items()}
+            try:
+                found = images_per_second(options, data, counts[name], arguments)
+            except ValueError as error:  # one graph cannot train these networks so
+                refused[name] = error
+            else:
+                speeds[name].append(found)
+    for name, error in refused.items():
+        print(f"{name}: refused, {error}")
+    medians = {
+        name: statistics.median(found) for name, found in speeds.items() if found
+    }
     first, fastest = medians[next(iter(together))], max(medians[n] for n in alone)
     for name, speed in medians.items():
         cost = counts[name] * fastest / speed
