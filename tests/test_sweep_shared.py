@@ -302,6 +302,21 @@ def test_rank_sweep_says_where_it_goes_one_by_one(function, method, images):
     assert_equals_naive(net, data, sweep)
 
 
+@pytest.mark.parametrize("masked", [-1e9, -torch.inf])
+def test_rank_sweep_sees_other_scores_beside_a_masked_class(masked, images):
+    for function, method in (
+        (mixes_images, "one by one after.*ranks evaluated together have other scores"),
+        (lambda net, x: net.layer(x), "together"),
+    ):
+        net = made(lambda f=function: Net(f, layer=conv(4, 4, 3, padding=1)), images)
+        with torch.no_grad():
+            net.out.bias[4] = masked
+        data = labelled(net, images)
+        sweep = cpnb.rank_sweep(net, data, ["layer"], progress=False)
+        assert re.match(method, sweep.methods["layer"])
+        assert_equals_naive(net, data, sweep)
+
+
 def test_rank_sweep_heeds_hooks_of_layers_and_of_the_network(images):
     net = made(NETS["1x1"], images)
     net.register_forward_hook(lambda net, args, scores: scores.flip(1))
