@@ -390,6 +390,61 @@ def test_rank_sweep_keeps_to_the_memory_it_is_given(method):
         cpnb.rank_sweep(net, data, memory=-1)
 
 
+@pytest.fixture
+def wide(images):
+    """A network whose linear layer takes two bands, and images it mostly gets right."""
+
+    def build():
+        layers = {"first": nn.Linear(256, 64), "layer": CPLinear(64, 8, rank=80)}
+        return Net(lambda net, x: net.layer(net.first(x.flatten(1))).relu(), **layers)
+
+    net = made(build, images)
+    return net, labelled(net, images)
+
+
+def test_rank_sweep_keeps_what_is_done_of_a_linear_layer_when_interrupted(wide):
+    def press(layer, inputs, scores):
+        """Press Ctrl-C before the last rows of a run."""
+        nonlocal rows
+        rows += len(scores)
+        if rows == last:
+            raise KeyboardInterrupt
+
+    net, data = wide
+    rows, last = 0, None
+    net.out.register_forward_hook(press)
+    assert cpnb.rank_sweep(net, data, ["layer"], progress=False).status == "finished"
+    rows, last = 0, rows
+    stopped = cpnb.rank_sweep(net, data, ["layer"], progress=False)
+    assert stopped.status == "interrupted"
+    assert stopped.methods == {"layer": "together"}
+    assert [rank for rank, _ in stopped.curve("layer")] == list(range(1, 65))
+    rows = last + 1
+    assert_equals_naive(net, data, stopped)
+
+
+@pytest.mark.parametrize(
+    ("memory", "copies", "kept"), [(1024, 1, True), (0.07, 1, True), (0.07, 20, False)]
+)
+def test_rank_sweep_computes_what_all_bands_share_once_where_it_fits(
+    wide, memory, copies, kept
+):
+    def counted(ranks):
+        calls.clear()
+        options = {"memory": memory, "progress": False}
+        sweep = cpnb.rank_sweep(net, data, ["layer"], ranks, **options)
+        assert sweep.methods == {"layer": "together"}
+        return len(calls), sweep
+
+    net, (images, labels) = wide
+    data = images.repeat(copies, 1, 1, 1), labels.repeat(copies)
+    calls = []
+    net.first.register_forward_hook(lambda *_: calls.append(1))
+    (once, _), (twice, sweep) = counted([1, 2, 63]), counted(None)
+    assert (once == twice) == kept
+    assert_equals_naive(net, data, sweep)
+
+
 def test_peak_memory_counts_what_is_held_at_once():
     def run():
         first = torch.zeros(1000)  # 4,000 bytes

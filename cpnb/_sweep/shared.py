@@ -27,11 +27,13 @@ class Sizes:
         chunk: Images that go through the shared part together.
         images: Of these, images that go through the layers after it together.
         group: Truncations that do so.
+        kept: Images for which what is shared can be kept, to be used again.
     """
 
     chunk: int
     images: int
     group: int
+    kept: int = 0
 
 
 class SharedEvaluation:
@@ -69,14 +71,18 @@ class SharedEvaluation:
             self.fan = self.fan or ConvFan(ranked[route.layer], route.window)
         self._layers: dict[tuple[str, int, bool], nn.Module] = {}
         constant = [n for n in self._graph.nodes if n not in self._graph.varying]
-        self._always = {self._graph.input, *route.edges, *constant}
+        self._always = {*route.edges, *constant}
         if route.fan is None:
             self._always.add(self._graph.output)
         else:
             self._always.update(route.fan.all_input_nodes)
 
     def scores(
-        self, images: Tensor, segments: Sequence[Sequence[Ranks]], sizes: Sizes
+        self,
+        images: Tensor,
+        segments: Sequence[Sequence[Ranks]],
+        sizes: Sizes,
+        known: Values | None = None,
     ) -> Iterator[tuple[Sequence[Ranks], slice, Tensor]]:
         """Scores of truncations on a chunk of images.
 
@@ -84,14 +90,18 @@ class SharedEvaluation:
             images: The chunk.
             segments: Truncations, as `Route.segments` parts them.
             sizes: How much to compute at once.
+            known: Empty, gets what is shared; or what an earlier call has put there
+                for the same chunk and other truncations of the same, only, segment.
 
         Yields:
             Truncations, which images, and the scores. Shape
             ``(truncations, images, classes)``.
         """
-        values = self.values(images)
+        values = {} if known is None else known
+        before: Ranks | None = segments[0][0] if values else None
+        if before is None:
+            values.update(self.values(images))
         keep = self.kept(segments)
-        before: Ranks | None = None
         for segment in segments:
             self.share(values, segment[0], keep, before)
             before = segment[0]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 from torch import Tensor
 
 from cpnb._sweep.fan import ConvFan
+from cpnb._sweep.graph import Node, Values
 from cpnb._sweep.memory import MIB, peak_of
 from cpnb._sweep.route import Ranks
 from cpnb._sweep.shared import SharedEvaluation, Sizes
@@ -69,6 +70,8 @@ def fitting_sizes(
 ) -> Sizes:
     """How much to compute at once, half of the memory going to the shared part.
 
+    A chunk takes half of that half, if it can, so that what is shared can be kept.
+
     Args:
         evaluation: What computes it.
         points: The truncations.
@@ -93,8 +96,11 @@ def fitting_sizes(
 
     if evaluation.fan is None:
         return Sizes(min(batch_size, fitting(share, images, layers, memory)), 1, 1)
-    chunk = min(batch_size, fitting(share, images, layers, memory, 2))
+    fits = fitting(share, images, layers, memory, 2)
+    chunk = min(batch_size, max(1, fits // 2))
     values = share(_first(images, 2))
+    spare = memory // 2 * (fits - chunk) // fits
+    kept = chunk + 2 * spare // max(1, _bytes(values, evaluation.route.graph.varying))
 
     def start(count: int) -> int:
         return peak_of(lambda: evaluation.start(values, slice(count), [point]))
@@ -117,7 +123,17 @@ def fitting_sizes(
         count = scale * _TENSORS // (row * min(GROUP, len(points)))
     count = max(1, min(count, chunk, left // (image + row)))
     group = min(scale * _TENSORS // row, (left - count * image) // row) // count
-    return Sizes(chunk, count, max(1, min(group, GROUP)))
+    return Sizes(chunk, count, max(1, min(group, GROUP)), kept)
+
+
+def _bytes(values: Values, nodes: Collection[Node]) -> int:
+    """Memory that some tensors among values hold, each piece counted once."""
+    storages = {
+        value.untyped_storage().data_ptr(): value.untyped_storage().nbytes()
+        for node, value in values.items()
+        if node in nodes and isinstance(value, Tensor)
+    }
+    return sum(storages.values())
 
 
 def _first(images: Tensor, count: int) -> Tensor:

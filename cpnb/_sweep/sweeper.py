@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cpnb._sweep.fan import LinearFan
-from cpnb._sweep.graph import CannotShare, NetworkGraph, Profile
+from cpnb._sweep.graph import CannotShare, NetworkGraph, Profile, Values
 from cpnb._sweep.meter import Measurement, RankMeter
 from cpnb._sweep.points import GLOBAL
 from cpnb._sweep.route import Ranks, Route, fan_route, global_route
@@ -77,11 +76,13 @@ class Sweeper:
             *(evaluation, points, self._few, self._layers.values()),
             *(self._memory, self._meter.batch_size),
         )
-        # After a linear layer a rank costs little against the part that is shared.
-        linear = isinstance(evaluation.fan, LinearFan)
-        size = len(points) if linear else BAND
-        for band in _bands(evaluation.route.segments(points), size):
-            yield from self._measure_band(evaluation, band, sizes, advance)
+        segments = evaluation.route.segments(points)
+        # Before a linear layer, what is shared may cost as much as all of its ranks.
+        again = len(segments) == 1 and BAND < len(points)
+        again = again and len(self._meter.images) <= sizes.kept
+        known = [{} if again else None for _ in self._meter.labels.split(sizes.chunk)]
+        for band in _bands(segments, BAND):
+            yield from self._measure_band(evaluation, band, sizes, known, advance)
 
     @torch.no_grad()
     def _measure_band(
@@ -89,16 +90,17 @@ class Sweeper:
         evaluation: SharedEvaluation,
         band: Sequence[Sequence[Ranks]],
         sizes: Sizes,
+        known: Sequence[Values | None],
         advance: Callable[[int], object],
     ) -> list[tuple[Ranks, Measurement]]:
         meter, largest = self._meter, int(self._meter.labels.max())
         points = [point for segment in band for point in segment]
         totals = {id(point): torch.zeros(2, dtype=torch.float64) for point in points}
-        pair = (meter.images, meter.labels)
-        for chunk in zip(*(part.split(sizes.chunk) for part in pair), strict=True):
-            images = chunk[0].to(self._device)
-            labels = chunk[1].to(self._device, torch.long)
-            for group, rows, scores in evaluation.scores(images, band, sizes):
+        chunks = (part.split(sizes.chunk) for part in (meter.images, meter.labels))
+        for images, labels, values in zip(*chunks, known, strict=True):
+            images = images.to(self._device)
+            labels = labels.to(self._device, torch.long)
+            for group, rows, scores in evaluation.scores(images, band, sizes, values):
                 target = labels[rows]
                 check_scores(scores.flatten(0, 1), len(group) * len(target), largest)
                 for point, total in zip(group, _totals(scores, target), strict=True):
