@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -105,6 +105,11 @@ def output_gram(layer: CPLayer, inputs: Tensor) -> Tensor:
     """
     part = _Components("", layer)
     return part.overlap(part.outputs(inputs.detach())) / len(inputs)
+
+
+def received(args: Sequence[Tensor], kwargs: Mapping[str, Tensor]) -> Tensor:
+    """The input of a CP layer, given by position or by keyword."""
+    return (*args, *kwargs.values())[0]
 
 
 class _Components:
@@ -219,14 +224,15 @@ def _recorded(layers: Mapping[str, CPLayer]) -> Iterator[list[_Call]]:
     calls: list[_Call] = []
 
     def hook(name: str) -> Any:
-        def record(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-            calls.append(_Call(name, inputs[0].detach(), output))
+        def record(layer: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+            calls.append(_Call(name, received(args, kwargs).detach(), output))
             return output.clone()  # what follows may change it in place
 
         return record
 
     handles = [
-        layer.register_forward_hook(hook(name)) for name, layer in layers.items()
+        layer.register_forward_hook(hook(name), with_kwargs=True)
+        for name, layer in layers.items()
     ]
     try:
         yield calls

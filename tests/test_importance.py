@@ -262,6 +262,22 @@ def test_keys_on_images_take_1000_training_images_of_a_data_set(net):
         assert order.tolist() == expected.tolist()
 
 
+def test_keys_on_images_take_layers_that_get_their_input_by_keyword(net, data):
+    class Named(Net):
+        def forward(self, images):
+            hidden = self.first(images=images).tanh_()
+            hidden = self.norm(self.layer(images=hidden)).tanh()
+            return self.fc(features=self.layer(images=hidden).flatten(1))
+
+    named = copy.deepcopy(net)
+    named.__class__ = Named
+    for what in (*DATA_KEYS, "output"):
+        found, expected = (
+            probe(model, cpnb.cp_layers(model), data, what) for model in (named, net)
+        )
+        assert_close(found, expected)
+
+
 def test_looking_at_images_leaves_the_network_as_it_was(net, data):
     net.train().requires_grad_(False)
     before = {name: value.clone() for name, value in net.state_dict().items()}

@@ -93,6 +93,18 @@ def token_mixer():
     return Net(lambda net, x: net.layer(x.flatten(2)).relu(), layer=layer)
 
 
+def keywords(net, x):
+    """Layers and a pooling that get their input by name."""
+    hidden = net.first(images=x).relu()
+    hidden = torch.max_pool2d(input=net.layer(images=hidden), kernel_size=2)
+    return net.last(features=hidden.flatten(1))
+
+
+def with_keywords():
+    first, layer = conv(4, 6, 3), conv(6, 5, 3)
+    return Net(keywords, first=first, layer=layer, last=CPLinear(20, 7, rank=5))
+
+
 NETS = {
     "stride and dilation": lambda: smooth(stride=(2, 1), dilation=(1, 2)),
     "groups": lambda: smooth(groups=2, bias=False),
@@ -114,6 +126,13 @@ NETS = {
     "pool rounded up": lambda: pooled(lambda x: F.max_pool2d(x, 4, ceil_mode=True)),
     "pool after gelu": lambda: pooled(lambda x: F.max_pool2d(x, 2), relu=F.gelu),
     "pool module": pool_module,
+    "pool by keyword": lambda: pooled(
+        lambda x: torch.max_pool2d(input=x, kernel_size=2)
+    ),
+    "all by keyword": with_keywords,
+    "linear by keyword": lambda: Net(
+        lambda net, x: net.layer(features=x.flatten(1)), layer=CPLinear(256, 6, rank=5)
+    ),
     "view": lambda: Net(views, layer=conv(4, 6, 3)),
     "pool and its input": pool_and_its_input,
     "residual and batch norm": residual,
@@ -130,7 +149,7 @@ NETS = {
 }
 WITH_POOL = {
     *("pool with a remainder", "pool over a rectangle", "pool module"),
-    *("one channel in", "1-D", "3-D"),
+    *("one channel in", "1-D", "3-D", "pool by keyword", "all by keyword"),
 }
 
 
@@ -193,6 +212,16 @@ def test_rank_sweep_keeps_pooling_within_the_layer_only_where_it_is_exact(name, 
         graph = NetworkGraph(net)
         route = fan_route(graph, Profile(graph, images), cpnb.cp_layers(net), "layer")
     assert (route.pooled is not None) == (name in WITH_POOL)
+
+
+def test_rank_sweep_takes_layers_that_get_their_input_by_keyword(images):
+    net = made(with_keywords, images)
+    data = labelled(net, images)
+    sweep = cpnb.rank_sweep(net, data, progress=False)
+    assert [sweep.methods[name] for name in cpnb.cp_layers(net)] == ["together"] * 3
+    assert_equals_naive(net, data, sweep)
+    sweep.measure_times(net, data, repeats=1)
+    assert sweep.point().ms > 0
 
 
 @pytest.mark.parametrize("name", ["linear", "residual and batch norm"])

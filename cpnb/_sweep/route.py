@@ -138,11 +138,11 @@ def _checked(
     if layer.lam.dtype not in (torch.float32, torch.float64):
         raise CannotShare(f"sums of components in {layer.lam.dtype} are not exact")
     (fan,) = calls
-    source, *others = fan.args
+    source, *others = (*fan.args, *fan.kwargs.values())
     shape = profile.shapes.get(source, ())
     wanted = len(layer.kernel_shape) - 1
     matches = len(shape) == wanted or (isinstance(layer, CPLinear) and shape)
-    if others or fan.kwargs or not matches:
+    if others or not matches:
         raise CannotShare(f"layer {name!r} does not take one batch of inputs")
     window, pooled = _pooling(graph, fan, wanted - 1) if wanted > 1 else ((), None)
     route = Route(graph, fan, name, free, window, pooled)
@@ -178,8 +178,10 @@ def _pooling(
             options = {name: getattr(module, name) for name in _OPTIONS}
             window = _window(axes, **options)
         elif kind in _POOL_FUNCTIONS:
-            options = dict(zip(_OPTIONS, node.args[1:], strict=False))
-            window = _window(axes, **options, **node.kwargs)
+            options = dict(zip(("input", *_OPTIONS), node.args, strict=False))
+            options |= node.kwargs
+            del options["input"]
+            window = _window(axes, **options)
         elif kind in _RELU:
             continue
         else:

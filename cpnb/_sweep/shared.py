@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -170,7 +170,7 @@ class SharedEvaluation:
             if node in self.route.batched
         }
         if route.pooled is not None:
-            replaced[route.pooled] = lambda value, *_, **__: value
+            replaced[route.pooled] = lambda input, *_, **__: input
         graph.run(route.batched, after, replaced=replaced, keep={graph.output})
         return after[graph.output].unflatten(0, (count, -1))
 
@@ -188,11 +188,13 @@ class SharedEvaluation:
                     )
         return kept
 
-    def _after(self, name: str, ranks: Sequence[int]) -> nn.Module:
+    def _after(self, name: str, ranks: Sequence[int]) -> Callable[..., Tensor]:
         """The layer for values after the fan: at one rank, or at one for each."""
         if name in self._linear:
             return functools.partial(self._linear[name].each, ranks=ranks)
-        return self._layer(name, ranks[0], settled=True)
+        layer = self._layer(name, ranks[0], settled=True)
+        # A dense layer has another name for its input than the CP layer.
+        return lambda *args, **kwargs: layer(*args, *kwargs.values())
 
     def _layer(self, name: str, rank: int, settled: bool = False) -> nn.Module:
         """The layer at a rank; the last one is kept, as is what is made of it."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from cpnb._checks import check_count
 from cpnb.evaluation import images_and_labels, placement
 from cpnb.importance import ranked_layers
+from cpnb.probing import received
 from cpnb.records import provenance
 from cpnb.surgery import cp_layers, to_dense
 
@@ -49,7 +50,12 @@ def time_layers(
             chain.forward_mode = "chain"
             runs[name, rank] = partial(_each, chain, inputs[name])
         runs[name, "dense"] = partial(_each, ranked.layer.to_dense(), inputs[name])
-    runs["", "network"] = partial(to_dense(network), images)
+    dense = to_dense(network)
+    for name in inputs:  # dense layers have another name for their input
+        dense.get_submodule(name).register_forward_pre_hook(
+            lambda _, args, kwargs: ((received(args, kwargs),), {}), with_kwargs=True
+        )
+    runs["", "network"] = partial(dense, images)
     for run in runs.values():
         run()
     seconds = dict.fromkeys(runs, float("inf"))
@@ -97,7 +103,8 @@ def _inputs(network: nn.Module, images: Tensor) -> dict[str, list[Tensor]]:
     inputs: dict[str, list[Tensor]] = {name: [] for name in cp_layers(network)}
     handles = [
         layer.register_forward_pre_hook(
-            lambda _, given, name=name: inputs[name].append(given[0])
+            lambda _, *given, name=name: inputs[name].append(received(*given)),
+            with_kwargs=True,
         )
         for name, layer in cp_layers(network).items()
     ]
