@@ -69,9 +69,9 @@ def rank_sweep(
 
     Raises:
         TypeError: If ``data``, ``layers`` or ``ranks`` has the wrong type.
-        ValueError: If the model has no CP layer, ``key``, ``refit`` or a name is
-            unknown, a rank is outside its layer, or ``memory`` is too small for one
-            image.
+        ValueError: If the model has no CP layer, ``layers`` is empty, ``key``,
+            ``refit`` or a name is unknown, a rank is outside its layer, components to
+            cut cancel to a kernel of zeros, or ``memory`` is too small for one image.
     """
     from tqdm import tqdm
 

@@ -259,6 +259,18 @@ def test_default_ranks_hold_every_rank_of_a_small_layer_and_a_grid_of_a_large_on
         (None, {"fc": [4]}, ValueError, "'fc' hold 4, expected 1 to 3"),
         (None, {"*": [3]}, ValueError, "expected fractions of the components"),
         (None, {"*": [float("nan")]}, ValueError, "holds nan"),
+        (None, {"*": ["half", 0.5]}, TypeError, "holds 'half', expected fractions of"),
+        (None, {"*": [True]}, TypeError, "holds True, expected fractions"),
+        (None, {"*": 0.5}, TypeError, r"ranks.'\*'. is 0.5, expected a list.*0.25"),
+        (None, {"fc": 3}, TypeError, "ranks.'fc'. is 3, expected a list.*1, 2, 4"),
+        (None, {"fc": "12"}, TypeError, "ranks.'fc'. is '12', expected a list"),
+        (
+            [],
+            None,
+            ValueError,
+            r"layers is \[\], expected at least one of .'conv1'.*'*'",
+        ),
+        (iter([]), [1], ValueError, r"layers is \[\], expected at least one of"),
     ],
 )
 def test_rank_sweep_refuses_bad_layers_and_ranks(
@@ -279,6 +291,19 @@ def test_rank_sweep_refuses_other_bad_input(model, data):
         rank_sweep(model, data, batch_size=0.5, progress=False)
     with pytest.raises(TypeError, match="model is a str, expected"):
         rank_sweep("model", data)
+
+
+def test_rank_sweep_says_why_a_kernel_of_zeros_has_no_relative_error():
+    net = nn.Sequential(CPLinear(6, 5, rank=2), CPLinear(5, 4, rank=3))
+    with torch.no_grad():
+        for factor in net[0].factors:
+            factor[:, 1] = factor[:, 0]
+        net[0].lam.copy_(torch.tensor([1.0, -1.0]))
+    assert not net[0].weight.any()
+    data = torch.randn(9, 6), torch.arange(9) % 4
+    with pytest.raises(ValueError, match=r"'0' is inf.*norm of its kernel is 0.*Leave"):
+        rank_sweep(net, data, progress=False)
+    assert len(rank_sweep(net, data, ["1"], progress=False)) == 3
 
 
 def test_rank_sweep_point_is_a_gap_where_nothing_was_measured(model, data):

@@ -78,9 +78,15 @@ class SweptPoints(SweptNetwork):
         """Enter the relative kernel error of one layer at one of its ranks."""
         self._key({name: rank})
         if not 0 <= error < math.inf:
+            cause = "Look for NaN or infinity in its weights."
+            if error == math.inf and self.layer(name).kernel_norm == 0:
+                cause = (
+                    "The norm of its kernel is 0, as when components cancel, and that "
+                    "of what was cut off is not. Leave it out with layers=[...]."
+                )
             raise ValueError(
                 f"relative error of layer {name!r} is {error}, expected a finite "
-                "number from 0 upward. Look for NaN or infinity in its weights."
+                f"number from 0 upward. {cause}"
             )
         self._errors[name][rank] = float(error)
 

@@ -51,21 +51,27 @@ def plan_positions(
         Ascending ranks for every layer to cut, fractions for ``"*"``.
 
     Raises:
-        TypeError: If ``layers`` or ``ranks`` is not a list, or holds the wrong type.
-        ValueError: If a name is unknown, or a rank or fraction out of range.
+        TypeError: If ``layers``, ``ranks`` or one of its values is not a list, or a
+            list holds the wrong type.
+        ValueError: If ``layers`` is empty, a name is unknown, or a rank or fraction
+            out of range.
     """
-    for name, value in ("layers", layers), ("ranks", ranks):
-        if isinstance(value, str) or not isinstance(value, Iterable | None):
-            raise TypeError(
-                f"{name} is {value!r}, expected a list, for example "
-                'layers=["conv1"] or ranks=[1, 2, 4].'
-            )
+    _check_list(layers, "layers", 'layers=["conv1"]')
+    _check_list(ranks, "ranks", "ranks=[1, 2, 4]")
     mapping = isinstance(ranks, Mapping)
+    for name, value in ranks.items() if mapping else ():
+        example = "[0.25, 0.5]" if name == GLOBAL else "[1, 2, 4]"
+        _check_list(value, f"ranks[{name!r}]", f"ranks={{{name!r}: {example}}}")
     if ranks is not None and not mapping:
         ranks = list(ranks)
     if layers is None:
         everything = (*sweep.ranks, GLOBAL) if ranks is None else tuple(sweep.ranks)
         layers = ranks if mapping else everything
+    elif not (layers := list(layers)):
+        raise ValueError(
+            f"layers is [], expected at least one of {[*sweep.ranks, GLOBAL]}. Name "
+            "some of them, or leave layers out."
+        )
     layers = list(layers)
     unused = [name for name in ranks if name not in layers] if mapping else []
     if unused:
@@ -90,15 +96,21 @@ def plan_positions(
     return plan
 
 
+def _check_list(value: object, name: str, example: str) -> None:
+    if isinstance(value, str) or not isinstance(value, Iterable | None):
+        raise TypeError(f"{name} is {value!r}, expected a list, for example {example}.")
+
+
 def _fractions(given: Iterable[float] | None) -> list[float]:
-    fractions = sorted(set(PERCENTS if given is None else given))
+    fractions = list(PERCENTS if given is None else given)
     for keep in fractions:
-        if isinstance(keep, bool) or not isinstance(keep, Real) or not 0 < keep <= 1:
-            raise ValueError(
+        number = isinstance(keep, Real) and not isinstance(keep, bool)
+        if not number or not 0 < keep <= 1:
+            raise (ValueError if number else TypeError)(
                 f'ranks["*"] holds {keep!r}, expected fractions of the components, '
                 "above 0 and at most 1."
             )
-    return [float(keep) for keep in fractions]
+    return sorted({float(keep) for keep in fractions})
 
 
 def _ranks(
