@@ -247,8 +247,9 @@ def calibration_images(data: Any) -> tuple[Tensor, Tensor]:
     if isinstance(data, Split | tuple | list):
         return images_and_labels(given)
     images, labels = given
-    step = max(1, len(labels) // IMAGES)
-    images, labels = images[::step][:IMAGES], labels[::step][:IMAGES]
+    count = min(len(labels), IMAGES)
+    places = torch.arange(count) * len(labels) // count  # the classes may be sorted
+    images, labels = images[places], labels[places]
     if isinstance(given, Split):
         return images_and_labels(replace(given, images=images, labels=labels))
     return images, labels
