@@ -6,13 +6,14 @@ moment on MNIST; the images are 1,000 of the validation split. Naive is
 ``evaluate(truncate(net, ...), images)`` at one rank after the other, with the images as
 they come and in channels_last. All take turns, and ratios are of medians. Unless
 ``--full``, naive runs at every tenth position and its time is multiplied accordingly.
-The numbers of right answers are compared wherever naive has run. ``--data digits``
-needs no download.
+The numbers of right answers are compared wherever naive has run; the exit status is 1
+if any differ. ``--data digits`` needs no download.
 """
 
 import argparse
 import platform
 import statistics
+import sys
 import time
 
 import torch
@@ -92,7 +93,7 @@ def together(net, axis, pair):
 
 
 def compare(name, net, axis, goal, pair, options):
-    """One line: seconds, ratios, and whether all numbers agree."""
+    """Print seconds, ratios and whether all numbers agree; return the last."""
     images, labels = pair
     # Cloned in this order: torch calls one-channel images channels_last as they are.
     innermost = images.permute(0, 2, 3, 1).clone().permute(0, 3, 1, 2), labels
@@ -118,6 +119,7 @@ def compare(name, net, axis, goal, pair, options):
         f"[{method}]",
         flush=True,
     )
+    return agree
 
 
 def main():
@@ -137,14 +139,15 @@ def main():
         f"{'in full' if options.full else 'at every tenth position, multiplied'}; "
         f"median of {options.repeats}"
     )
-    nets = {}
+    nets, agree = {}, []
     for name, kind, axis, goal in CASES:
         if options.only in (None, name):
             if kind not in nets:
                 nets[kind] = trained(kind, train)
                 accuracy = cpnb.accuracy(nets[kind], pair)
                 print(f"{kind.__name__}: accuracy {accuracy:.1%} at full rank")
-            compare(name, nets[kind], axis, goal, pair, options)
+            agree.append(compare(name, nets[kind], axis, goal, pair, options))
+    sys.exit(0 if all(agree) else 1)
 
 
 if __name__ == "__main__":
