@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -173,10 +174,15 @@ def _run(
     shapes: dict[str, list[tuple[int, ...]]] = {name: [] for name in layers}
 
     def note(name: str) -> Callable[..., None]:
-        return lambda layer, inputs: shapes[name].append(tuple(inputs[0].shape))
+        def keep(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            (given,) = (*args, *kwargs.values())
+            shapes[name].append(tuple(given.shape))
+
+        return keep
 
     handles = [
-        layer.register_forward_pre_hook(note(name)) for name, layer in layers.items()
+        layer.register_forward_pre_hook(note(name), with_kwargs=True)
+        for name, layer in layers.items()
     ]
     try:
         images = next(iter(layers.values())).weight.new_zeros(tuple(shape))

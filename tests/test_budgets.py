@@ -101,6 +101,17 @@ def test_flop_ratio_does_not_depend_on_the_batch():
     assert one == many
 
 
+def test_flop_ratio_takes_layers_that_get_their_input_by_keyword():
+    class Keyword(Net):
+        def forward(self, images):
+            hidden = self.down(self.norm(self.stem(input=images)).relu()).relu()
+            hidden = self.twice(input=self.twice(self.point(hidden)).relu())
+            return self.head(input=hidden.flatten(1))
+
+    rule = FlopRatio(0.4, (1, 1, 8, 8))
+    assert rule.counts(Keyword(), NAMES) == rule.counts(Net(), NAMES)
+
+
 def test_budgets_count_what_is_left_alone():
     model = Net()
     for rule in (ParameterRatio(0.5), FlopRatio(0.5, (1, 1, 8, 8))):
