@@ -63,8 +63,10 @@ def boxes(ax):
 def test_methods_differ_in_colour_or_marker_from_all_they_are_drawn_with():
     names = list(plots.METHOD_STYLES)
     starts = [names.index(name) for name in ("none", "canonical-unified", "lam")]
+    keys = names.index("gradient")
+    ways, keys = names[starts[2] : keys], ["lam", "greedy", *names[keys:]]
     # Normalizations with and without the starts of a canonical network; the rest.
-    families = names[: starts[1]], names[: names.index("low-rank")], names[starts[2] :]
+    families = names[: starts[1]], names[: names.index("low-rank")], ways, keys
     families = *families, ["dense", *names[names.index("low-rank") : starts[2]]]
     for family in families:
         styles = {name: plots.METHOD_STYLES[name][1:] for name in family}
@@ -72,12 +74,12 @@ def test_methods_differ_in_colour_or_marker_from_all_they_are_drawn_with():
         styles.pop("canonical", None)  # looks as its default start
         assert len(set(styles.values())) == len(styles)
         assert {color for color, _ in styles.values()} <= OKABE_ITO | {"#555555"}
-    for family in (["dense", "weight", "canonical"], names[starts[2] :]):
+    for family in (["dense", "weight", "canonical"], ways, keys):
         for place in (1, 2):
             looks = {plots.METHOD_STYLES[name][place] for name in family}
             assert len(looks) == len(family)
     grey = [name for name in names if plots.METHOD_STYLES[name].color == "#555555"]
-    assert grey == ["dense", "none"]
+    assert grey == ["dense", "none", "random"]
 
 
 def test_style_sheet_cycles_through_okabe_ito():

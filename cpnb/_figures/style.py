@@ -57,11 +57,12 @@ METHOD_STYLES = {
     "lam+refit": MethodStyle("top |λ| + refit", ORANGE, "^"),
     "greedy": MethodStyle("greedy", SKY, "<"),
     "greedy+refit": MethodStyle("greedy + refit", BLUE, ">"),
+    "fresh": MethodStyle("fresh fit", GREEN, "P"),
+    # What orders them, beside "lam" and "greedy".
     "gradient": MethodStyle("gradient", GREEN, "^"),
     "hessian": MethodStyle("Hessian", PURPLE, "X"),
     "activation": MethodStyle("activation", ORANGE, "P"),
     "random": MethodStyle("random", GREY, "D"),
-    "fresh": MethodStyle("fresh fit", GREEN, "P"),
 }
 """The one table of colours and markers, by method."""
 
