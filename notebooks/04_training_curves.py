@@ -33,6 +33,7 @@ from cpnb import plots
 from cpnb.experiments import EXPERIMENTS, read_results
 
 plots.use_style()
+plt.rcParams["figure.dpi"] = 85  # many figures: keeps this file small
 torch.set_num_threads(1)  # small tensors: a second thread mostly waits for the first
 FAST = cpnb.fast_mode()
 SEEDS = range(2 if FAST else 5)
