@@ -485,6 +485,7 @@ def watched(init, frobenius):
     }
 
 
+# %%
 courses = {name: watched(*cell) for name, cell in CELLS.items()}
 for name, course in courses.items():
     assert (course["bound"] >= course["nuclear"] * (1 - 1e-6)).all(), name

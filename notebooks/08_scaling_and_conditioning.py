@@ -15,7 +15,7 @@
 #
 # **You need** the chain rule, singular values, and `02_canonical_weight_normalization`.
 #
-# **Time, measured on two CPU cores:** 9.3 minutes; fast mode 3.1.
+# **Time, measured on two CPU cores:** 3.5 minutes; fast mode 0.6.
 
 # %%
 import copy
@@ -339,6 +339,7 @@ METHODS = {
 }
 
 
+# %%
 def build(method, seed):
     """The start of a method."""
     spread, normalizer, options = METHODS[method]
@@ -381,18 +382,13 @@ for method in tqdm(METHODS, desc="fresh seeds"):
 tested = {method: torch.tensor(values) for method, values in tested.items()}
 
 # %%
-MARKS = (
-    ("#555555", "D"),
-    ("C1", "v"),
-    ("C0", "o"),
-    ("C2", "^"),
-    ("C3", "X"),
-    ("C4", "P"),
-)
+COLORS = ("#555555", "C1", "C0", "C2", "C3", "C4")
 LOOKS = {
     method: {"color": color, "marker": marker}
-    for method, (color, marker) in zip(METHODS, MARKS, strict=True)
+    for method, color, marker in zip(METHODS, COLORS, "Dvo^XP", strict=True)
 }
+
+# %%
 fig, axes = plt.subplots(1, 2, figsize=(10, 3.6))
 for method, values in tuned.items():
     axes[0].plot(RATES, values.mean(1), label=method, **LOOKS[method])
@@ -478,25 +474,20 @@ for parameter in little.parameters():
 count = 200 if FAST else 400
 curve = data.train.standardized()[:count], data.train.labels[:count]
 pair = curve[0][:50].double(), curve[1][:50]
-names = [name for name, _ in little.named_parameters()]
+shapes = {name: p.shape for name, p in little.named_parameters()}
 
 
-def loss_of(*values):
-    """Loss as a function of the parameters."""
-    scores = torch.func.functional_call(
-        little, dict(zip(names, values, strict=True)), (pair[0],)
-    )
+def loss_of(vector):
+    """Loss as a function of all parameters, one after the other."""
+    parts = vector.split([shape.numel() for shape in shapes.values()])
+    values = {n: v.view(shapes[n]) for n, v in zip(shapes, parts, strict=True)}
+    scores = torch.func.functional_call(little, values, (pair[0],))
     return F.cross_entropy(scores, pair[1])
 
 
-blocks = torch.autograd.functional.hessian(loss_of, tuple(little.parameters()))
-sizes = [p.numel() for p in little.parameters()]
-dense = torch.cat(
-    [
-        torch.cat([b.reshape(n, -1) for b in row], 1)
-        for row, n in zip(blocks, sizes, strict=True)
-    ]
-)
+# %%
+vector = nn.utils.parameters_to_vector(little.parameters()).detach()
+dense = torch.func.hessian(loss_of)(vector)
 found = cpnb.top_hessian_eigenvalue(
     little, pair, tolerance=1e-3, iterations=1000, generator=generator, progress=False
 )
@@ -767,6 +758,15 @@ def worst_condition(net):
     return max(layer.condition_number for layer in layers)
 
 
+def best_of_rates(net):
+    """Best validation accuracy after training, and the rate that reached it."""
+    runs = {lr: cpnb.fit(copy.deepcopy(net), data, lr=lr, **SGD) for lr in TABLE_RATES}
+    scores = {lr: course(run)[-1] for lr, run in runs.items()}
+    rate = max(scores, key=scores.get)
+    return {"accuracy": scores[rate], "rate": rate}
+
+
+# %%
 def table_row(spread):
     """What the explorer shows of one spread."""
     net = spread_rows(build("well scaled", 0), spread, seed=1)
@@ -776,10 +776,6 @@ def table_row(spread):
     generator = torch.Generator().manual_seed(0)
     options = {"iterations": 40, "generator": generator, "progress": False}
     tops = [cpnb.top_hessian_eigenvalue(m, curve, **options) for m in (net, balanced)]
-    scores = {}
-    for lr in TABLE_RATES:
-        scores[lr] = course(cpnb.fit(copy.deepcopy(net), data, lr=lr, **SGD))[-1]
-    rate = max(scores, key=scores.get)
     hooked = cpnb.normalize(balanced, "scaling", mode="balanced")
     run = cpnb.fit(hooked, data, lr=best["ill + balanced"], **SGD)
     return {
@@ -788,8 +784,7 @@ def table_row(spread):
         "equilibrated": worst_condition(cpnb.normalize(net, "conditioned")),
         "curvature": tops[0].value,
         "balanced_curvature": tops[1].value,
-        "accuracy": scores[rate],
-        "rate": rate,
+        **best_of_rates(net),
         "balanced_accuracy": course(run)[-1],
     }
 
