@@ -233,12 +233,12 @@ tidy(fig, axes)
 
 # %% [markdown]
 # **What to see:** after the first epoch all four starts are behind the plain network,
-# in every column. The one from the power method comes nearest to it in the end, under
-# RMSprop already after the second epoch. The unified start trains at small rates only,
-# and slowly. The widest band is that of the uniform start on MNIST: one of its five
-# networks stopped learning, at a rate that had suited the tuning seed best. Against
-# seconds the picture is nearly the same: in a LeNet, rebuilding the kernels in every
-# step costs little beside the convolutions.
+# in every column. On MNIST the one from the power method comes nearest to it in the
+# end, under RMSprop already after the second epoch. The unified start trains at small
+# rates only, and slowly there. The widest band is that of the uniform start on MNIST:
+# one of its five networks stopped learning, at a rate that had suited the tuning seed
+# best. Against seconds the picture is nearly the same: in a LeNet, rebuilding the
+# kernels in every step costs little beside the convolutions.
 #
 # ## 4. The final table
 #
