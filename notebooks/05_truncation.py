@@ -630,17 +630,20 @@ half_kept = {
 }
 
 
-def aim(points, most):
+def lost_points(points, most=None):
     """Mean ± std of what is lost, and whether the mean is within an aim."""
-    said = "aim reached" if points.mean() <= most else "aim NOT reached"
-    return f"{points.mean():.1f} ± {points.std(ddof=1):.1f} points, {said}"
+    said = f"{points.mean():.1f} ± {points.std(ddof=1):.1f} points"
+    if most is None:
+        return said
+    return f"{said}, aim {'reached' if points.mean() <= most else 'NOT reached'}"
 
 
-print("full rank: nested is below plain by", aim(full["plain"] - full["nested"], 0.3))
+cost = lost_points(full["plain"] - full["nested"], 0.3)
+print(f"full rank: nested is below plain by {cost}")
 for name in cuttable:
-    lost = full[name] - half_kept[name]
+    lost = lost_points(full[name] - half_kept[name], 1 if "nested" in name else None)
     print(f"half kept, {name:>12}: {half_kept[name].mean():.1f} %, ", end="")
-    print(f"below its own full rank by {aim(lost, 1)}")
+    print(f"below its own full rank by {lost}")
 
 # %% [markdown]
 # **What to see:** left, the nested networks keep their accuracy where the plain ones
@@ -731,15 +734,19 @@ middle = KEPT.index(0.5)
 for name, found in existing.items():
     plain, prefix = (100 * found[r]["before"].T for r in ("plain", "nested"))
     print(f"{name}, n = {plain.shape[1]}")
-    print(f"  full rank, nested below plain: {aim(plain[0] - prefix[0], 0.3)}")
-    for recipe, values in (("nested", prefix), ("plain", plain)):
-        lost = values[0] - values[middle]
-        print(f"  half kept, {recipe} below its own full rank: {aim(lost, 1)}")
+    print(f"  full rank, nested below plain: {lost_points(plain[0] - prefix[0], 0.3)}")
+    for recipe, values, most in (("nested", prefix, 1), ("plain", plain, None)):
+        lost = lost_points(values[0] - values[middle], most)
+        print(f"  half kept, {recipe} below its own full rank: {lost}")
 
 # %% [markdown]
 # **What to see:** solid lines are the accuracies right after the cut, dotted ones after
-# training on. What the cells above call outstanding has not been measured by anyone
-# here: nothing is said about it.
+# training on. The nested LeNet keeps nearly all of its accuracy down to half of its
+# components, where the plain one has lost most. Still neither aim is reached: at full
+# rank it is the same half point below plain training as on digits, here a difference
+# larger than its spread. After training on, the two are alike down to one half, and
+# below that the nested one leads. What the cells above call outstanding has not been
+# measured here: nothing is said about it.
 #
 # ## 9. Training after the cut
 #
