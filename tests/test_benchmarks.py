@@ -21,7 +21,7 @@ def test_sweep_benchmark_fails_when_the_counts_differ(
     fakes = {
         "load": lambda name: (pair, pair),
         "trained": lambda kind, pair: kind(),
-        "naive": lambda net, axis, places, pair: dict.fromkeys(places, 7),
+        "naive": lambda net, axis, places, pair, size: dict.fromkeys(places, 7),
         "together": lambda net, axis, pair: (dict.fromkeys(range(1, 11), found), ""),
     }
     for name, fake in fakes.items():
