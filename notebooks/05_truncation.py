@@ -17,7 +17,7 @@
 #
 # **You need** `00_tour`; `01_cp_decomposition` helps.
 #
-# **Time, measured on two CPU cores:** 2.1 minutes; fast mode 0.9.
+# **Time, measured on two CPU cores:** 2.2 minutes; fast mode 0.9.
 
 # %%
 import matplotlib.pyplot as plt
