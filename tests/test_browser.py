@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,23 @@ class Explorer:
         found = self.output.get_by_role("button", name=button, exact=True)
         found.focus()
         found.press("Enter")
+
+    def reset(self):
+        """Press Reset, and wait until the page shows every layer at full rank."""
+        self.press("Reset")
+        for name, rank in self.notebook.ask("explorer.sweep.ranks").items():
+            words = f"{name}: rank {rank} of {rank}"
+            self.expect(self.status).to_contain_text(words, timeout=WAIT)
+
+    def settle(self, slider, axis):
+        """Wait until the kernel is, and stays, where a slider stands on the page."""
+        calm, limit = 0, time.monotonic() + WAIT / 1000
+        while calm < 3:
+            shown = int(float(slider.get_attribute("aria-valuenow")))
+            held = self.notebook.ask(f"explorer.sliders[{axis!r}].value")
+            calm = calm + 1 if held == shown else 0
+            assert time.monotonic() < limit, f"the page says {shown}, the kernel {held}"
+            time.sleep(0.1)
 
     def expect_the_librarys_numbers(self):
         """Wait for the present position; what is shown is what the library gives."""
@@ -152,7 +170,7 @@ def test_every_slider_and_the_budget_move_by_keyboard_to_the_librarys_numbers(to
     explorer = Explorer(tour)
     names = [*tour.ask("list(explorer.ranks)"), "all layers", "budget"]
     for name in names:
-        explorer.press("Reset")
+        explorer.reset()
         slider = explorer.slider(name)
         before = int(float(slider.get_attribute("aria-valuenow")))
         for key in ("ArrowLeft", "ArrowLeft", "ArrowRight"):
@@ -160,19 +178,21 @@ def test_every_slider_and_the_budget_move_by_keyboard_to_the_librarys_numbers(to
         explorer.expect(slider).to_have_attribute(
             "aria-valuenow", f"{before - 1:.1f}", timeout=WAIT
         )
+        axis = {"all layers": "*", "budget": "*budget"}.get(name, name)
+        explorer.settle(slider, axis)
         if name == "budget":
             budget = f"{before - 1} * sweep.dense_parameters // 100"
             bought = f"cpnb.allocate_ranks(sweep, budget={budget}, unit='parameters')"
-            assert tour.ask("explorer.ranks") == tour.ask(f"{bought}.ranks")
             text = f"Budget of {before - 1} % of the dense parameters"
-            explorer.expect(explorer.status).to_contain_text(text)
+            explorer.expect(explorer.status).to_contain_text(text, timeout=WAIT)
+            assert tour.ask("explorer.ranks") == tour.ask(f"{bought}.ranks")
         explorer.expect_the_librarys_numbers()
     assert tour.errors() == []
 
 
 def test_fast_key_presses_leave_the_last_position_on_the_page(tour):
     explorer = Explorer(tour)
-    explorer.press("Reset")
+    explorer.reset()
     slider = explorer.slider("conv2")
     before = int(float(slider.get_attribute("aria-valuenow")))
     for _ in range(40):
@@ -191,10 +211,11 @@ def test_fast_key_presses_leave_the_last_position_on_the_page(tour):
 
 def test_choices_undo_and_code_work_by_keyboard_and_code_gives_what_is_shown(tour):
     explorer = Explorer(tour)
-    explorer.press("Reset")
+    explorer.reset()
     slider = explorer.slider("conv2")
     slider.press("PageDown")
     explorer.expect(slider).not_to_have_attribute("aria-valuenow", "84.0")
+    explorer.settle(slider, "conv2")
     explorer.expect_the_librarys_numbers()
     plain = explorer.status.inner_text()
     for choice, word in (("greedy", "'greedy'"), ("kernel", "λ: kernel")):
