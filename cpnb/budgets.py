@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from cpnb.evaluation import evaluation_mode
+from cpnb.probing import received
 from cpnb.ranks import ModelRule, cp_parameters, resolve_rank
 from cpnb.surgery import from_layer
 
@@ -174,11 +174,7 @@ def _run(
     shapes: dict[str, list[tuple[int, ...]]] = {name: [] for name in layers}
 
     def note(name: str) -> Callable[..., None]:
-        def keep(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            (given,) = (*args, *kwargs.values())
-            shapes[name].append(tuple(given.shape))
-
-        return keep
+        return lambda _, *given: shapes[name].append(tuple(received(*given).shape))
 
     handles = [
         layer.register_forward_pre_hook(note(name), with_kwargs=True)

@@ -108,7 +108,7 @@ def output_gram(layer: CPLayer, inputs: Tensor) -> Tensor:
 
 
 def received(args: Sequence[Tensor], kwargs: Mapping[str, Tensor]) -> Tensor:
-    """The input of a CP layer, given by position or by keyword."""
+    """The input of a layer, given by position or by keyword."""
     return (*args, *kwargs.values())[0]
 
 

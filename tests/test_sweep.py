@@ -271,6 +271,7 @@ def test_default_ranks_hold_every_rank_of_a_small_layer_and_a_grid_of_a_large_on
             r"layers is \[\], expected at least one of .'conv1'.*'*'",
         ),
         (iter([]), [1], ValueError, r"layers is \[\], expected at least one of"),
+        (None, {}, ValueError, r"ranks is {}, expected at least one of .'conv1'"),
     ],
 )
 def test_rank_sweep_refuses_bad_layers_and_ranks(

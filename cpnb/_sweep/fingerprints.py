@@ -59,7 +59,9 @@ def data_fingerprint(data: Any) -> str:
     return digest.hexdigest()
 
 
-def order_fingerprint(key: str, refit: bool | str, data: Any, orders: Any) -> str:
+def order_fingerprint(
+    key: str, refit: bool | str, data: Any, orders: Iterable[Tensor]
+) -> str:
     """Hash what decides a cut beside the network, its key and its refit.
 
     Args:

@@ -64,15 +64,15 @@ def plan_positions(
         _check_list(value, f"ranks[{name!r}]", f"ranks={{{name!r}: {example}}}")
     if ranks is not None and not mapping:
         ranks = list(ranks)
+    empty = "ranks is {}" if layers is None else "layers is []"
     if layers is None:
         everything = (*sweep.ranks, GLOBAL) if ranks is None else tuple(sweep.ranks)
         layers = ranks if mapping else everything
-    elif not (layers := list(layers)):
+    if not (layers := list(layers)):
         raise ValueError(
-            f"layers is [], expected at least one of {[*sweep.ranks, GLOBAL]}. Name "
-            "some of them, or leave layers out."
+            f"{empty}, expected at least one of {[*sweep.ranks, GLOBAL]}. Name some of "
+            "them, or leave it out."
         )
-    layers = list(layers)
     unused = [name for name in ranks if name not in layers] if mapping else []
     if unused:
         raise ValueError(

@@ -2,12 +2,10 @@
 
 import html
 import re
-import threading
 
 import pytest
 import torch
-from parts import LONG
-from torch import nn
+from parts import LONG, gated
 
 import cpnb
 from cpnb._explorer import live
@@ -76,20 +74,8 @@ def test_choice_is_not_offered_where_nothing_can_be_measured(explore, model, swe
 
 
 def test_choice_drops_a_result_of_the_one_before(explore, model, data, sweep):
-    gate, entered = threading.Event(), threading.Event()
-    gate.set()
-
-    class Gated(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net = model
-
-        def forward(self, images):
-            entered.set()
-            assert gate.wait(LONG)
-            return self.net(images)
-
-    explorer = explore(Gated(), data)
+    network, gate, entered, _ = gated(model)
+    explorer = explore(network, data)
     explorer.switches.details.value = False
     explorer.wait(LONG)
     entered.clear()

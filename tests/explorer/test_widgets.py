@@ -11,7 +11,7 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
-from parts import LONG, Net
+from parts import LONG, Net, gated
 from PIL import Image
 from torch import nn
 
@@ -362,23 +362,10 @@ def test_explorer_size_panel_shows_all_that_is_known_and_its_front(
 
 
 def test_explorer_measures_the_latest_position_and_lands_nothing_stale(explore, model):
-    gate, entered, ran = threading.Event(), threading.Event(), []
-    gate.set()
-
-    class Gated(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net = model
-
-        def forward(self, images):
-            ran.append(self.net.conv.rank)
-            entered.set()
-            assert gate.wait(LONG)
-            return self.net(images)
-
+    network, gate, entered, ran = gated(model)
     images = torch.randn(30, 1, 4, 4)
     labels = model(images).argmax(1)
-    explorer = explore(Gated(), (images, labels))
+    explorer = explore(network, (images, labels))
     entered.clear()
     gate.clear()
     ran.clear()
