@@ -234,3 +234,24 @@ def test_page_works_twice_on_a_page_and_names_its_pictures(page):
         image.text_content() for image in roots.nth(1).locator("svg > title").all()
     }
     assert "relative kernel error against rank of 3" in names
+
+
+@pytest.mark.browser
+def test_page_marks_each_point_unless_every_step_is_there(tmp_path):
+    if find_browser() is None:
+        pytest.skip("no Chromium (Debian: apt install chromium)")
+    sweep = lenet_sweep()
+    for rank in range(3, 270, 3):
+        sweep.add({"conv2": rank}, 0.5, 0.5, {"conv2": 0.5})
+    sweep.to_html(tmp_path / "sweep.html")
+    with chromium(find_browser()) as browser:
+        page = browser.new_context(offline=True).new_page()
+        page.goto((tmp_path / "sweep.html").as_uri())
+        marked = {}
+        for name in ("conv2", "fc1"):  # gaps in more than 60 ranks; all of 128
+            first(page, "slider", name=name).focus()
+            page.keyboard.press("Home")
+            dots = page.locator('path[stroke-linecap="round"][stroke-width="4"]').first
+            marked[name] = dots.get_attribute("d").count("M")
+    assert marked == {"conv2": len(rows_of(sweep, "conv2")), "fc1": 0}
+    assert marked["conv2"] > 60
