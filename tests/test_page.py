@@ -142,21 +142,26 @@ def test_wheel_holds_the_parts_of_the_page(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def page(sweep, tmp_path_factory):
-    """The page in a browser without a network, and what went wrong in it."""
+def browser():
+    """One Chromium for the module; playwright allows no second one beside it."""
     if find_browser() is None:
         pytest.skip("no Chromium (Debian: apt install chromium)")
+    with chromium(find_browser()) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def page(browser, sweep, tmp_path_factory):
+    """The page in a browser without a network, and what went wrong in it."""
     path = tmp_path_factory.mktemp("page") / "sweep.html"
     path.write_text(sweep.to_html() + sweep._repr_html_(), encoding="utf-8")
-    with chromium(find_browser()) as browser:
-        context = browser.new_context(offline=True)
-        opened = context.new_page()
-        opened.errors = []
-        opened.on("pageerror", lambda error: opened.errors.append(str(error)))
-        opened.on("requestfailed", lambda request: opened.errors.append(request.url))
-        opened.goto(path.as_uri())
-        yield opened
-        assert opened.errors == []
+    opened = browser.new_context(offline=True).new_page()
+    opened.errors = []
+    opened.on("pageerror", lambda error: opened.errors.append(str(error)))
+    opened.on("requestfailed", lambda request: opened.errors.append(request.url))
+    opened.goto(path.as_uri())
+    yield opened
+    assert opened.errors == []
 
 
 def first(page, role, **options):
@@ -237,21 +242,18 @@ def test_page_works_twice_on_a_page_and_names_its_pictures(page):
 
 
 @pytest.mark.browser
-def test_page_marks_each_point_unless_every_step_is_there(tmp_path):
-    if find_browser() is None:
-        pytest.skip("no Chromium (Debian: apt install chromium)")
+def test_page_marks_each_point_unless_every_step_is_there(browser, tmp_path):
     sweep = lenet_sweep()
     for rank in range(3, 270, 3):
         sweep.add({"conv2": rank}, 0.5, 0.5, {"conv2": 0.5})
     sweep.to_html(tmp_path / "sweep.html")
-    with chromium(find_browser()) as browser:
-        page = browser.new_context(offline=True).new_page()
-        page.goto((tmp_path / "sweep.html").as_uri())
-        marked = {}
-        for name in ("conv2", "fc1"):  # gaps in more than 60 ranks; all of 128
-            first(page, "slider", name=name).focus()
-            page.keyboard.press("Home")
-            dots = page.locator('path[stroke-linecap="round"][stroke-width="4"]').first
-            marked[name] = dots.get_attribute("d").count("M")
+    opened = browser.new_context(offline=True).new_page()
+    opened.goto((tmp_path / "sweep.html").as_uri())
+    marked = {}
+    for name in ("conv2", "fc1"):  # gaps in more than 60 ranks; all of 128
+        first(opened, "slider", name=name).focus()
+        opened.keyboard.press("Home")
+        dots = opened.locator('path[stroke-linecap="round"][stroke-width="4"]').first
+        marked[name] = dots.get_attribute("d").count("M")
     assert marked == {"conv2": len(rows_of(sweep, "conv2")), "fc1": 0}
     assert marked["conv2"] > 60
