@@ -2,11 +2,12 @@
 
 ``python benchmarks/slider.py`` takes about a minute and needs Chromium. "page" is the
 file that `RankSweep.to_html` writes, opened from disk without a network; "live" is
-`RankExplorer` in JupyterLab answering from its table, "budget" its slider that
-allocates ranks. A frame counts as new when the
-browser has painted after the marker has moved or the picture has changed; "change" is
-the time until then without the painting. Keys are pressed one after the other, each
-when the frame of the last is there. Medians and 90 % quantiles over the steps.
+`RankExplorer` answering from its table in JupyterLab as ``start.py lab`` starts it,
+"budget" its slider that allocates ranks; "plain" is a JupyterLab without
+`cpnb_lab.PromptConnection`. A frame counts as new when the browser has painted after
+the marker has moved or the picture has changed; "change" is the time until then without
+the painting. Keys are pressed one after the other, each when the frame of the last is
+there. Medians and 90 % quantiles over the steps.
 """
 
 import argparse
@@ -24,9 +25,15 @@ import cpnb
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
-from lab_server import NotebookPage, chromium, find_browser, jupyterlab  # noqa: E402
+from lab_server import (  # noqa: E402
+    CONNECTION,
+    NotebookPage,
+    chromium,
+    find_browser,
+    jupyterlab,
+)
 
-GOALS = {"page": 10, "live": 65, "budget": 65}
+GOALS = {"page": 10, "live": 65, "budget": 65, "plain": 65}
 
 # Notes when a key goes down, and when the browser has painted after an attribute of an
 # element has changed: the marker's place or the picture's address.
@@ -91,9 +98,19 @@ def on_page(browser, folder, steps):
 
 def live(browser, folder, steps):
     """Steps of the explorer in JupyterLab, by name."""
-    home = folder / "home"
-    home.mkdir()
-    with jupyterlab(folder, home, PYTHONPATH=str(ROOT)) as address:
+    return in_lab(browser, folder, steps, CONNECTION, live="conv2", budget="budget")
+
+
+def plain(browser, folder, steps):
+    """Steps of the explorer in a JupyterLab with the server's own connection."""
+    return in_lab(browser, folder, steps, None, plain="conv2")
+
+
+def in_lab(browser, folder, steps, connection, **sliders):
+    """Steps of the sliders with these labels, by name."""
+    home = Path(tempfile.mkdtemp(dir=folder))
+    variables = {"connection": connection, "PYTHONPATH": str(ROOT)}
+    with jupyterlab(folder, home, **variables) as address:
         page = browser.new_page(viewport={"width": 1200, "height": 900})
         page.set_default_timeout(120_000)
         notebook = NotebookPage(page, address, "live.ipynb", seconds=120)
@@ -102,7 +119,7 @@ def live(browser, folder, steps):
         image = output.locator("img").first
         image.wait_for()
         found = {}
-        for name, axis in (("live", "conv2"), ("budget", "budget")):
+        for name, axis in sliders.items():
             row = output.locator(".widget-slider").filter(has_text=axis)
             slider = row.get_by_role("slider")
             found[name] = measure(page, slider, image, "src", steps)
@@ -127,7 +144,7 @@ def main():
             f"{platform.machine()}, {options.steps} steps; the page is "
             f"{(folder / 'sweep.html').stat().st_size / 1000:.0f} kB"
         )
-        for run in (on_page,) if options.page_only else (on_page, live):
+        for run in (on_page,) if options.page_only else (on_page, live, plain):
             for name, steps in run(browser, folder, options.steps).items():
                 frames, script = zip(*steps, strict=True)
                 tail = statistics.quantiles(frames, n=10)[-1]

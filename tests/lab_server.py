@@ -12,6 +12,7 @@ import urllib.request
 from pathlib import Path
 
 TOKEN = "test"
+CONNECTION = "cpnb_lab.PromptConnection"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 BROWSER_ARGUMENTS = [
     "--no-sandbox",
@@ -85,12 +86,14 @@ def wait_until_up(url, process, log, *, seconds=60):
 
 
 @contextlib.contextmanager
-def jupyterlab(root, home, **variables):
+def jupyterlab(root, home, *, connection=CONNECTION, **variables):
     """Run JupyterLab on a folder, away from the user's own configuration.
 
     Args:
         root: Folder whose notebooks are served.
         home: Empty folder for configuration, kernels' data and the log.
+        connection: Class that joins kernel and browser, start.py's unless given; None
+            is JupyterLab's own.
         **variables: Environment of the kernels, beside the present one.
 
     Yields:
@@ -113,6 +116,8 @@ def jupyterlab(root, home, **variables):
         *("--LabApp.news_url=None", "--LabApp.extension_manager=readonly"),
         *("--ServerApp.allow_root=True", "--ServerApp.terminals_enabled=False"),
     ]
+    if connection is not None:
+        command.append(f"--ServerApp.kernel_websocket_connection_class={connection}")
     with (
         log.open("w") as file,
         subprocess.Popen(

@@ -129,7 +129,7 @@ def test_wheel_holds_the_package_its_style_and_the_licence(tmp_path):
     }
     info = f"cpnb-{cpnb.__version__}.dist-info"
     assert modules | {"cpnb/cpnb.mplstyle", f"{info}/licenses/LICENSE"} <= names
-    assert {name.split("/")[0] for name in names} == {"cpnb", info}
+    assert {name.split("/")[0] for name in names} == {"cpnb", "cpnb_lab.py", info}
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,12 @@ from __future__ import annotations
 import io
 import threading
 
-import numpy as np
 from matplotlib import style
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont
 from matplotlib.ticker import MaxNLocator
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from cpnb._explorer.panel import DENSE, Panel, set_points, with_gaps
 from cpnb._explorer.state import (
@@ -31,9 +31,10 @@ class ExplorerFigure:
     A marker shows the position in each; the third panel has every known network.
 
     Every artist is made once and updated in place. What stays the same from frame to
-    frame (axes, ticks, reference lines) is drawn once per axis and kept as pixels, and
-    only lines, markers and titles are drawn on top. pyplot and mathtext are avoided:
-    both share state between threads, and callbacks run on several.
+    frame is kept as pixels: the axes, ticks and reference lines of an axis, and on top
+    of them the curves. Only positions, markers and titles are drawn for every frame.
+    pyplot and mathtext are avoided: both share state between threads, and callbacks run
+    on several.
 
     Attributes:
         figure: The private matplotlib figure, as the last frame left it.
@@ -43,7 +44,8 @@ class ExplorerFigure:
         """Make the panels, in a look that the notebook's own style does not change."""
         self._lock = threading.Lock()
         self._scene: tuple[object, ...] | None = None
-        self._pixels = None
+        self._curves: tuple[object, ...] | None = None
+        self._scene_pixels = self._pixels = None
         with style.context("default"):
             self._make_panels()
 
@@ -82,6 +84,9 @@ class ExplorerFigure:
         for word in self._legend:  # on top of the points, which may lie anywhere
             box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
             word.set(animated=True, bbox=box)
+        title = self._accuracy.title
+        size = title.get_fontsize() * DPI / 72
+        self._font = ImageFont.truetype(findfont(title.get_fontproperties()), size)
 
     def png(self, state: ExplorerState) -> bytes:
         """Draw a frame.
@@ -90,17 +95,22 @@ class ExplorerFigure:
             state: What to show.
 
         Returns:
-            A PNG image of 1000 × 320 pixels.
+            A PNG image of 1000 × 320 pixels in up to 256 colours.
         """
         with self._lock:
             self._draw_scene(state)
-            self._update(state)
-            self._canvas.restore_region(self._pixels)
-            for panel in (self._accuracy, self._error, self._size):
-                panel.draw()
-            for word in self._legend:
-                self._size.axes.draw_artist(word)
-            image = Image.fromarray(np.asarray(self._canvas.buffer_rgba())[..., :3])
+            self._draw_curves(state)
+            self._draw_position(state)
+            size, pixels = self._canvas.get_width_height(), self._canvas.buffer_rgba()
+            image = Image.frombuffer("RGBX", size, pixels, "raw", "RGBX", 0, 1)
+            image = image.convert("RGB")
+            self._write_titles(image)
+        # Few colours pack in a third of the time, into less than half the bytes.
+        image = image.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+        # It rounds down, which white shows.
+        image.putpalette(
+            [255 if level > 250 else level for level in image.getpalette()]
+        )
         buffer = io.BytesIO()
         image.save(buffer, "png", compress_level=1)
         return buffer.getvalue()
@@ -117,7 +127,7 @@ class ExplorerFigure:
         )
         if scene == self._scene:
             return
-        self._scene = scene
+        self._scene, self._curves = scene, None
         margin = 0.03 * state.last
         for panel, top in ((self._accuracy, 105.0), (self._error, scene[-1])):
             panel.axes.set_xlim(min(1, state.last - 1) - margin, state.last + margin)
@@ -138,17 +148,30 @@ class ExplorerFigure:
             words = f"{self._accuracy.axes.get_xlabel()} (break-even, dotted: "
             self._accuracy.axes.set_xlabel(f"{words}{state.break_even})")
         self._canvas.draw()  # leaves out the animated artists
-        self._pixels = self._canvas.copy_from_bbox(self.figure.bbox)
+        self._scene_pixels = self._canvas.copy_from_bbox(self.figure.bbox)
 
-    def _update(self, state: ExplorerState) -> None:
-        """Move the lines, markers and titles."""
-        present = state.point.accuracy
-        x = state.position
+    def _draw_curves(self, state: ExplorerState) -> None:
+        """Redraw the curves, if what is known has changed since the last frame."""
+        curves = (state.accuracy, state.error, state.known)
+        if curves == self._curves:
+            return
+        self._curves = curves
         percents = [(at, 100 * value) for at, value in state.accuracy]
         set_points(self._accuracy_line, with_gaps(percents))
         set_points(self._error_line, with_gaps(state.error))
         set_points(self._known, [(at, 100 * value) for at, value in state.known])
         set_points(self._front, [(at, 100 * value) for at, value in state.front])
+        self._canvas.restore_region(self._scene_pixels)
+        for panel in (self._accuracy, self._error, self._size):
+            panel.draw_curves()
+        for word in self._legend:
+            self._size.axes.draw_artist(word)
+        self._pixels = self._canvas.copy_from_bbox(self.figure.bbox)
+
+    def _draw_position(self, state: ExplorerState) -> None:
+        """Draw position and markers on top of the curves, and set the titles."""
+        present = state.point.accuracy
+        x = state.position
         if state.budget is not None:
             what = f"budget {state.budget} %"
         elif state.axis == GLOBAL:
@@ -161,6 +184,18 @@ class ExplorerFigure:
         self._error.title.set_text(f"kernel error {decimal(state.present_error)}")
         self._size.mark(state.point.size, None if present is None else 100 * present)
         self._size.title.set_text(f"network {state.point.size:.2f} × dense")
+        self._canvas.restore_region(self._pixels)
+        for panel in (self._accuracy, self._error, self._size):
+            panel.draw_position()
+
+    def _write_titles(self, image: Image.Image) -> None:
+        """Write the titles where matplotlib would, at a fifteenth of its time."""
+        pen = ImageDraw.Draw(image)
+        for panel in (self._accuracy, self._error, self._size):
+            place = panel.title.get_transform().transform(panel.title.get_position())
+            at = (round(place[0]), image.height - round(place[1]))
+            words = panel.title.get_text()
+            pen.text(at, words, fill="black", font=self._font, anchor="ls")
 
 
 def _short(name: str, longest: int = 24) -> str:

@@ -95,9 +95,14 @@ class Panel:
         self.position.set_xdata([x, x])
         set_points(self.marker, [] if y is None else [(x, y)])
 
-    def draw(self) -> None:
-        """Draw what moves on top of the kept pixels."""
-        for artist in (self.position, *self.lines, self.marker, self.title):
+    def draw_curves(self) -> None:
+        """Draw what changes with what is known, on top of the kept pixels."""
+        for line in self.lines:
+            self.axes.draw_artist(line)
+
+    def draw_position(self) -> None:
+        """Draw what changes with the position; the title is up to the picture."""
+        for artist in (self.position, self.marker):
             self.axes.draw_artist(artist)
 
 

@@ -323,6 +323,19 @@ def test_explorer_curve_and_marker_are_the_known_points(explore, model, data):
     assert len(marker.get_xydata()) == 0
 
 
+def test_explorer_picture_is_what_matplotlib_draws(explore, sweep):
+    explorer = explore(sweep)
+    explorer.sliders["conv"].value = 3
+    fast, saved = pixels(explorer.image.value), io.BytesIO()
+    explorer.figure.savefig(saved, format="png")
+    slow = pixels(saved.getvalue())
+    assert fast.shape == slow.shape == (320, 1000, 3)
+    assert np.abs(fast - slow)[40:].mean() < 0.5
+    titles = [np.argwhere(picture[:40].sum(2) < 300) for picture in (fast, slow)]
+    corners = [[*where.min(0), *where.max(0)] for where in titles]
+    assert np.abs(np.subtract(*corners)).max() <= 10, "titles of the same extent"
+
+
 def test_explorer_accuracy_panel_marks_break_even_of_the_layer(explore, sweep):
     explorer = explore(sweep)
     panel = explorer.figure.axes[0]
