@@ -56,19 +56,19 @@ class _CPConv(CPLayer):
             generator=generator,
         )
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Convolve ``(batch, in, *size)``, or one image without the batch axis."""
-        images, geometry = self._padded(images)
-        if self._choose(images.shape) == "dense":
-            kernel = self._kernel(_is_channels_last(images))
-            return CONV[len(self.kernel_size)](images, kernel, self.bias, **geometry)
-        batched = images.ndim == len(self.kernel_shape)
-        batch = images if batched else images[None]
+        input, geometry = self._padded(input)
+        if self._choose(input.shape) == "dense":
+            kernel = self._kernel(_is_channels_last(input))
+            return CONV[len(self.kernel_size)](input, kernel, self.bias, **geometry)
+        batched = input.ndim == len(self.kernel_shape)
+        batch = input if batched else input[None]
         lam, stored = self._folded()
         factors = pad_factors(lam, stored, self.kernel_shape)
         if batch.shape[1] != self.in_channels:
             raise RuntimeError(
-                f"images have shape {tuple(images.shape)}, expected {self.in_channels} "
+                f"input has shape {tuple(input.shape)}, expected {self.in_channels} "
                 "channels."
             )
         if batch.ndim != 4:

@@ -74,13 +74,13 @@ class CPLinear(CPLayer):
             generator=generator,
         )
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Map ``(..., in_features)`` to ``(..., out_features)``."""
-        if self._choose(features.shape) == "dense":
-            return F.linear(features, self._kernel(), self.bias)
+        if self._choose(input.shape) == "dense":
+            return F.linear(input, self._kernel(), self.bias)
         lam, factors = self._folded()
         output, source = pad_factors(lam, factors, self.kernel_shape)
-        hidden = F.linear(features, (source * lam).T)
+        hidden = F.linear(input, (source * lam).T)
         return F.linear(hidden, output, self.bias)
 
     def cost(self, shape: Sequence[int] | None) -> ForwardCost:

@@ -95,11 +95,11 @@ rank=16 (0.25 of break-even 64))
             generator=generator,
         )
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Convolve ``(batch, in, height, width)``, or one image without the batch."""
         down, across = along_axis(self, 0), along_axis(self, 1)
         if self.padding_mode != "zeros":
-            images = F.pad(images, margins(self), mode=self.padding_mode)
+            input = F.pad(input, margins(self), mode=self.padding_mode)
             down["padding"] = across["padding"] = 0
         left, right = self.pair
         height, width = self.kernel_size
@@ -107,8 +107,8 @@ rank=16 (0.25 of break-even 64))
         # are stored they would be laid out channels_last, and the output with them.
         across_kernel = right.unflatten(1, (-1, 1, width)).movedim(-1, 1).flatten(0, 1)
         down_kernel = left.reshape(self.out_channels, height, 1, -1).movedim(-1, 1)
-        images = F.conv2d(images, across_kernel.contiguous(), None, **across)
-        return F.conv2d(images, down_kernel.contiguous(), self.bias, **down)
+        input = F.conv2d(input, across_kernel.contiguous(), None, **across)
+        return F.conv2d(input, down_kernel.contiguous(), self.bias, **down)
 
     def extra_repr(self) -> str:
         """Torch's own text for the geometry, then that of `LowRankLayer`."""
@@ -173,10 +173,10 @@ class LowRankLinear(LowRankLayer):
             generator=generator,
         )
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Map ``(..., in_features)`` to ``(..., out_features)``."""
         left, right = self.pair
-        return F.linear(F.linear(features, right[0].T), left[0], self.bias)
+        return F.linear(F.linear(input, right[0].T), left[0], self.bias)
 
     @staticmethod
     def _arguments(layer: nn.Module) -> tuple:

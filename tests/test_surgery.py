@@ -235,3 +235,24 @@ def test_skip_takes_every_name_of_a_shared_layer():
 def test_from_layer_of_a_class_refuses_a_layer_of_another_kind():
     with pytest.raises(TypeError, match="expected a Conv2d for CPConv2d"):
         cpnb.CPConv2d.from_layer(nn.Conv1d(2, 3, 3), rank=2)
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [
+        lambda layer: cpnb.canonicalize(layer, rank=4),
+        lambda layer: cpnb.factorize(layer, rank=2, skip=()),
+    ],
+    ids=["canonicalize", "factorize"],
+)
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.Linear])
+def test_converted_layers_name_their_input_as_torch_does(kind, convert):
+    dense, x = (
+        (nn.Conv2d(3, 5, 3), torch.randn(2, 3, 6, 6))
+        if kind is nn.Conv2d
+        else (nn.Linear(6, 5), torch.randn(2, 6))
+    )
+    converted = convert(dense)
+    assert type(converted) is not kind
+    assert_close(converted(input=x), converted(x), rtol=0, atol=0)
+    assert converted(input=x).shape == dense(input=x).shape

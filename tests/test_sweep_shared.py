@@ -95,9 +95,9 @@ def token_mixer():
 
 def keywords(net, x):
     """Layers and a pooling that get their input by name."""
-    hidden = net.first(images=x).relu()
-    hidden = torch.max_pool2d(input=net.layer(images=hidden), kernel_size=2)
-    return net.last(features=hidden.flatten(1))
+    hidden = net.first(input=x).relu()
+    hidden = torch.max_pool2d(input=net.layer(input=hidden), kernel_size=2)
+    return net.last(input=hidden.flatten(1))
 
 
 def with_keywords():
@@ -131,7 +131,7 @@ NETS = {
     ),
     "all by keyword": with_keywords,
     "linear by keyword": lambda: Net(
-        lambda net, x: net.layer(features=x.flatten(1)), layer=CPLinear(256, 6, rank=5)
+        lambda net, x: net.layer(input=x.flatten(1)), layer=CPLinear(256, 6, rank=5)
     ),
     "view": lambda: Net(views, layer=conv(4, 6, 3)),
     "pool and its input": pool_and_its_input,
