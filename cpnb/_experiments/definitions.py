@@ -228,12 +228,12 @@ _DEFINED = (
     Experiment(
         "truncation-mnist-lenet-cpu",
         "MNIST, LeNet cut to 100…5 % of its components, before and after fine-tuning, "
-        "trained plainly and nested, reduced size for a CPU: 12,000 training images, "
+        "trained plainly and nested, reduced size for a CPU: 24,000 training images, "
         "6 epochs, 5 seeds",
-        _first("mnist", 12000),
-        truncations("LeNet", _AGAIN | {"epochs": 1}, **(_LENET | {"epochs": 6})),
-        {"lr": (1e-3, 3e-3)},
-        **_CPU,
+        _first("mnist", 24000),
+        truncations("LeNet", _AGAIN | {"epochs": 1}, epochs=6, batch_size=32),
+        {"lr": (2e-3, 4e-3)},
+        **(_FIVE | {"device": "cpu"}),
     ),
     Experiment(
         "truncation-cifar10-alexnet",
