@@ -50,11 +50,19 @@ RECORD = """([watched, attribute]) => {
             const channel = new MessageChannel();
             channel.port1.onmessage = () => {
                 frames.push([performance.now() - began, script]);
+                window.told?.();
             };
             channel.port2.postMessage(null);
         });
     }).observe(watched, {attributeFilter: [attribute]});
 }"""
+
+# Waits without asking at every frame, which would keep the browser painting.
+UNTIL = """count => new Promise((resolve, reject) => {
+    if (window.frames.length > count) return resolve();
+    window.told = resolve;
+    setTimeout(() => reject(new Error("no new frame in 60 seconds")), 60000);
+})"""
 
 NOTEBOOK = """import cpnb
 sweep = cpnb.RankSweep.load("sweep.json")
@@ -84,7 +92,7 @@ def measure(page, slider, watched, attribute, steps):
     slider.focus()
     for step in range(steps):
         slider.press("ArrowLeft")
-        page.wait_for_function("n => window.frames.length > n", arg=step)
+        page.evaluate(UNTIL, step)
     return page.evaluate("window.frames")
 
 
