@@ -133,7 +133,8 @@ def evaluate(
         for batch, target in zip(
             images.split(batch_size), labels.split(batch_size), strict=True
         ):
-            batch = batch.to(device)
+            # A copy: a network may change what it is given.
+            batch = batch.to(device, copy=True)
             if isinstance(given, Split):
                 batch = standardize(batch, given.mean, given.std, dtype)
             scores = model(batch.to(dtype))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -23,7 +25,7 @@ class TruncationStage:
     Attributes:
         ranks: Components of every CP layer after the cut.
         accuracy_after_cut: Validation accuracy before the training.
-        accuracy_after_training: Validation accuracy after it.
+        accuracy_after_training: Validation accuracy after it; NaN if Ctrl-C came first.
         run: Record of the training.
     """
 
@@ -95,12 +97,13 @@ def truncate_gradually(
         key: Importance that orders the components, see `cpnb.truncate`; what looks at
             images looks at those of ``data`` that are trained on.
         refit: Whether to re-solve λ after each cut, and on what.
-        options: As in `cpnb.fit`.
+        options: As in `cpnb.fit`. Of a ``checkpoint`` each stage gets its own file,
+            with its number in the name, so that the same call goes on where it was.
 
     Returns:
         The truncated and trained network, and one `TruncationStage` per cut. After
-        Ctrl-C or divergence these are the stages so far, the last with a run that says
-        so.
+        Ctrl-C or divergence these are the stages so far: fewer, or the last one with a
+        run that says so. Ctrl-C before the first training raises KeyboardInterrupt.
 
     Raises:
         TypeError: As `cpnb.truncate` and `cpnb.fit`.
@@ -109,24 +112,33 @@ def truncate_gradually(
     steps = check_count(steps, "steps")
     goal = wanted_ranks(model, rank=rank, keep=keep)
     whole = {name: layer.rank for name, layer in cp_layers(model).items()}
+    how = {"key": key, "refit": refit, "progress": options.get("progress", True)}
+    measured = options.get("validation") or data
+    checkpoint = options.pop("checkpoint", None)
     stages: list[TruncationStage] = []
     for step in range(1, steps + 1):
         ranks = {
             name: max(last, round(whole[name] * (last / whole[name]) ** (step / steps)))
             for name, last in goal.items()
         }
-        model = truncate(
-            model,
-            rank=ranks,
-            key=key,
-            refit=refit,
-            data=data,
-            progress=options.get("progress", True),
-        )
-        measured = options.get("validation") or data
-        before = accuracy(model, measured)
-        run = fine_tune(model, data, epochs=epochs, lr=lr, **options)
-        stages.append(TruncationStage(ranks, before, accuracy(model, measured), run))
-        if run.status != "finished":
+        if checkpoint is not None:
+            path = Path(checkpoint)
+            options["checkpoint"] = path.with_stem(f"{path.stem}-{step}")
+        try:
+            cut = truncate(model, rank=ranks, data=data, **how)
+            before = accuracy(cut, measured)
+            run = fine_tune(cut, data, epochs=epochs, lr=lr, **options)
+        except KeyboardInterrupt:
+            if not stages:
+                raise
+            break
+        model, interrupted = cut, False
+        try:
+            after = accuracy(model, measured)
+        except KeyboardInterrupt:
+            after, interrupted = math.nan, True
+        found = {name: layer.rank for name, layer in cp_layers(model).items()}
+        stages.append(TruncationStage(found, before, after, run))
+        if interrupted or run.status != "finished":
             break
     return model, stages

@@ -83,9 +83,10 @@ def component_orders(
     *,
     data: Any = None,
     generator: torch.Generator | None = None,
+    memory: int | None = None,
     progress: bool = True,
 ) -> dict[str, Tensor]:
-    """The order of the components of some layers; see `component_order`."""
+    """The order of the components of some layers; see `component_order`, `probe`."""
     check_module(model)
     layers = {name: cp_layers(model)[name] for name in names}
     for layer in layers.values():
@@ -100,7 +101,7 @@ def component_orders(
     parts = {name: finite_components(layer) for name, layer in layers.items()}
     if key in DATA_KEYS:
         _check_data(data, f"key {key!r}")
-        scores = probe(model, layers, data, key, progress=progress)
+        scores = probe(model, layers, data, key, memory=memory, progress=progress)
         return {name: _descending(score) for name, score in scores.items()}
     if key == "lam":
         return {name: _descending(lam.abs()) for name, (lam, _) in parts.items()}
@@ -126,19 +127,24 @@ def ranked_layers(
     refit: bool | str = False,
     data: Any = None,
     generator: torch.Generator | None = None,
+    memory: int | None = None,
     progress: bool = True,
 ) -> dict[str, RankedLayer]:
-    """Some CP layers of a network, ready to be cut; arguments as in `cpnb.truncate`."""
+    """Some CP layers of a network, ready to be cut.
+
+    The arguments are those of `cpnb.truncate`, and ``memory`` of `probe`.
+    """
     names, refit = list(names), check_refit(refit)
     if refit == "data":
         _check_data(data, "refit='data'")
+    looking: dict[str, Any] = {"memory": memory, "progress": progress}
     orders = component_orders(
-        model, names, key, data=data, generator=generator, progress=progress
+        model, names, key, data=data, generator=generator, **looking
     )
     layers = {name: cp_layers(model)[name] for name in names}
     grams = dict.fromkeys(names)
     if refit == "data":
-        grams = probe(model, layers, data, "output", progress=progress)
+        grams = probe(model, layers, data, "output", **looking)
     elif refit:
         grams = {
             name: unit_gram(*finite_components(layer)) for name, layer in layers.items()

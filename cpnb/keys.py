@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from cpnb._checks import check_module
+from cpnb._sweep.plan import check_list
 from cpnb._sweep.points import GLOBAL
 from cpnb._tables import html_table, text_table
 from cpnb.importance import check_refit
@@ -98,6 +99,11 @@ def compare_keys(
     """
     from tqdm import tqdm
 
+    given = {"models": models, "keys": keys, "refits": refits}
+    for name, value in given.items():
+        one = isinstance(value, str) or not isinstance(value, Iterable)
+        if one and not isinstance(value, nn.Module):
+            raise TypeError(f"{name} is {value!r}, expected a list of them.")
     models = [models] if isinstance(models, nn.Module) else list(models)
     _check_alike(models)
     if not isinstance(ranks, Mapping | None):
@@ -106,8 +112,14 @@ def compare_keys(
             "ranks, or from '*' to fractions of the components of all."
         )
     ranks = {GLOBAL: (0.25, 0.5, 0.75)} if ranks is None else ranks
+    for axis, places in ranks.items():
+        check_list(places, f"ranks[{axis!r}]", f"ranks={{{axis!r}: [1, 2]}}")
     ranks = {axis: tuple(places) for axis, places in ranks.items()}
-    ways = [(key, check_refit(refit)) for key in keys for refit in refits]
+    keys, refits = list(keys), [check_refit(refit) for refit in refits]
+    for name, values in (("keys", keys), ("refits", refits)):
+        if not values:
+            raise ValueError(f"{name} is empty, expected at least one.")
+    ways = [(key, refit) for key in keys for refit in refits]
     sweeps: dict[tuple[str, bool | str], tuple[RankSweep, ...]] = {}
     with tqdm(ways, "keys", disable=not progress) as steps:
         try:
@@ -158,7 +170,7 @@ def _summary(rows: Sequence[Row]) -> Row:
 
 def _cut(row: Row) -> str:
     if row["layer"] == GLOBAL:
-        return f"{row['keep']:.0%} kept"
+        return f"{100 * row['keep']:.6g}% kept"
     return f"{row['layer'] or 'layer'} {row['rank']}"
 
 

@@ -74,7 +74,9 @@ class NestedRank(Hook):
         if step % self.period == 0:
             self.stop(model)
             return
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        generator = torch.Generator().manual_seed(
+            (self.seed * 1_000_003 + step) % 2**63
+        )
         shares = torch.rand(len(layers), generator=generator).tolist()
         for layer, share in zip(layers, shares, strict=True):
             least = math.ceil(self.smallest * layer.rank)

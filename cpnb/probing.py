@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cpnb._data.splits import Split
+from cpnb._sweep.memory import MIB, PeakMemory
 from cpnb.base import CPLayer
 from cpnb.conv import CPConv1d, CPConv2d, CPConv3d
 from cpnb.evaluation import (
@@ -26,7 +27,7 @@ from cpnb.linear import CPLinear
 from cpnb.refit import finite_components
 
 IMAGES, _BATCH = 1000, 64
-"""Training images of a data set that are looked at, and at once."""
+"""Training images of a data set that are looked at, and the most at once."""
 
 
 class _Call(NamedTuple):
@@ -41,6 +42,7 @@ def probe(
     data: Any,
     what: str,
     *,
+    memory: int | None = None,
     progress: bool = True,
 ) -> dict[str, Tensor]:
     """Measure the components of some layers of a network on images.
@@ -55,32 +57,46 @@ def probe(
             ``"activation"``: mean squared norm of what the component adds to the
             outputs. ``"output"``: the matrix G for which ``dᵀGd`` is the mean squared
             change of the outputs when λ changes by d.
+        memory: Bytes that the tensors made on the way may take; None sets no bound.
         progress: Whether to show a bar when it takes more than two seconds.
 
     Returns:
         Float64 tensors of shape ``(rank,)``, for ``"output"`` ``(rank, rank)``; zero
         for a layer that is not used.
+
+    Raises:
+        ValueError: If the scores do not fit the labels, or ``memory`` is too small.
     """
     from tqdm import tqdm
 
     images, labels = calibration_images(data)
     device, dtype = placement(model, images)
     parts = {name: _Components(name, layer) for name, layer in layers.items()}
-    batches = tqdm(
-        list(zip(images.split(_BATCH), labels.split(_BATCH), strict=True)),
-        f"looking at data for {what}",
-        disable=not progress,
-        delay=2,
-    )
-    totals = dict.fromkeys(layers, 0)
+    totals, largest = dict.fromkeys(layers, 0), int(labels.max())
+
+    def look(rows: slice) -> list[tuple[str, Tensor]]:
+        calls.clear()
+        batch, target = images[rows], labels[rows].to(device, torch.long)
+        # The images need a gradient for the outputs to have one in any network, and
+        # the network gets a copy, which it may change.
+        scores = model(batch.to(device, dtype).detach().requires_grad_().clone())
+        check_scores(scores, len(target), largest)
+        return list(_measured(what, parts, calls, scores, target))
+
     with evaluation_mode(model), _recorded(layers) as calls, torch.enable_grad():
-        for batch, target in batches:
-            calls.clear()
-            # The images need a gradient for the outputs to have one in any network.
-            scores = model(batch.to(device, dtype).detach().requires_grad_())
-            target = target.to(device, torch.long)
-            check_scores(scores, len(target), int(labels.max()))
-            for name, found in _measured(what, parts, calls, scores, target):
+        count = _BATCH
+        if what == "hessian":  # squares are of images, which rows need not be
+            look(slice(1))
+            count = count if all(len(call.inputs) == 1 for call in calls) else 1
+        if memory is not None:
+            count = _fitting(look, count, memory)
+        for start in tqdm(
+            range(0, len(images), count),
+            f"looking at data for {what}",
+            disable=not progress,
+            delay=2,
+        ):
+            for name, found in look(slice(start, start + count)):
                 totals[name] = totals[name] + found
     found = {
         name: part.zero(what) + totals[name] / len(images)
@@ -186,15 +202,16 @@ def _measured(
         return
     if what == "gradient":
         loss = F.cross_entropy(scores, target, reduction="sum")
-        for name, found in _by_layer(parts, calls, outputs, loss):
-            yield name, found.sum(0)
+        for name, found in _by_layer(parts, calls, outputs, loss, 1):
+            yield name, found[0]
         return
     # Σ_c p_c (s_c - s̄)² with s̄ = Σ_c p_c s_c is the loss to second order in the scores.
     likely = scores.detach().softmax(1)
     for column, share in enumerate(likely.unbind(1)):
         toward = -likely * share.sqrt()[:, None]
         toward[:, column] += share.sqrt()
-        for name, found in _by_layer(parts, calls, outputs, (scores * toward).sum()):
+        value = (scores * toward).sum()
+        for name, found in _by_layer(parts, calls, outputs, value, len(target)):
             yield name, found.square().sum(0) / 2
 
 
@@ -203,19 +220,48 @@ def _by_layer(
     calls: list[_Call],
     outputs: list[Tensor],
     value: Tensor,
+    images: int,
 ) -> Iterator[tuple[str, Tensor]]:
-    """λ_r ∂value/∂λ_r for each image, over all uses of each layer."""
-    if not calls:
+    """λ_r ∂value/∂λ_r over all uses of each layer; a row for each image, or for all.
+
+    What is computed without gradients has none, and counts nothing.
+    """
+    if not value.requires_grad:
+        return
+    pairs = zip(calls, outputs, strict=True)
+    used = [(call, output) for call, output in pairs if call.output.requires_grad]
+    if not used:
         return
     gradients = torch.autograd.grad(
-        value, [call.output for call in calls], retain_graph=True, allow_unused=True
+        value, [call.output for call, _ in used], retain_graph=True, allow_unused=True
     )
     found: dict[str, Tensor] = {}
-    for call, output, gradient in zip(calls, outputs, gradients, strict=True):
+    for (call, output), gradient in zip(used, gradients, strict=True):
         if gradient is not None:
             one = parts[call.layer].contributions(output, gradient)
+            if images == 1:  # also for other uses, with any number of rows
+                one = one.sum(0, keepdim=True)
             found[call.layer] = found.get(call.layer, 0) + one
     yield from found.items()
+
+
+def _fitting(look: Callable[[slice], object], most: int, memory: int) -> int:
+    """Images, ``most`` or fewer, of which what is made on the way fits the memory."""
+
+    def taken(count: int) -> int:
+        with PeakMemory() as peak:
+            look(slice(count))
+        return peak.bytes
+
+    one = taken(1)
+    if one > memory:
+        raise ValueError(
+            f"memory is {memory / MIB:.3g} MiB, expected at least {one / MIB:.3g} MiB "
+            "for what the key or the refit looks at in one image."
+        )
+    if most == 1 or 2 * one > memory:
+        return 1
+    return min(most, 1 + (memory - one) // max(taken(2) - one, 1))
 
 
 @contextmanager

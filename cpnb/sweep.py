@@ -40,7 +40,7 @@ def rank_sweep(
     layer is computed once, components are added to its outputs one after the other, and
     many ranks go through the layers after it together. Where that cannot be done, as
     for a layer that is used twice, ranks are measured one by one; ``methods`` says so.
-    Ctrl-C returns the points measured so far, with status ``"interrupted"``.
+    Ctrl-C while it measures returns the points so far, with status ``"interrupted"``.
 
     Args:
         model: The network, or a CP layer alone. It is not changed.
@@ -75,8 +75,7 @@ def rank_sweep(
     """
     from tqdm import tqdm
 
-    memory = check_positive(memory, "memory")
-
+    memory = int(check_positive(memory, "memory") * MIB)
     meter = RankMeter(
         model,
         data,
@@ -84,13 +83,14 @@ def rank_sweep(
         refit=refit,
         batch_size=batch_size,
         generator=generator,
+        memory=memory,
         progress=progress,
     )
     sweep = meter.table
     positions = plan_positions(sweep, layers, ranks)
     sweep.axes = tuple(positions)
     sweep.keeps = tuple(positions.get(GLOBAL, sweep.keeps))
-    sweeper = Sweeper(meter, int(memory * MIB))
+    sweeper = Sweeper(meter, memory)
     sweep.methods = sweeper.methods
     plan = _distinct(sweep, positions)
     total = len(meter.images) * sum(map(len, plan.values()))

@@ -12,7 +12,6 @@ from torch import nn
 
 from cpnb._explorer.board import Board
 from cpnb._explorer.budget import BUDGET
-from cpnb._explorer.choices import Choice
 from cpnb._explorer.code import truncation_code
 from cpnb._explorer.controls import close_previous, switches
 from cpnb._explorer.details_view import DetailsView
@@ -219,7 +218,7 @@ class RankExplorer(ipywidgets.VBox):
                 state = self._state()
                 self.image.value = self._painter.png(state)
                 if self.switches.code.value:
-                    self.code.value = _code(state, self._live.choice)
+                    self.code.value = self._code(state)
                 lines = self._words(state)
             except Exception as error:  # nobody sees what a callback raises
                 failure = error
@@ -229,6 +228,19 @@ class RankExplorer(ipywidgets.VBox):
                 what = ", ".join(f"{name} {rank}" for name, rank in self.ranks.items())
                 words = f"{type(failure).__name__}: {failure}"
                 self.status.value = _html("alert", [f"Failed at rank {what}.", words])
+
+    def _code(self, state: ExplorerState) -> str:
+        """The call that makes the network of a frame, to be copied."""
+        choice, point = self._live.choice, state.point
+        # With a network, a table of another draw was refused.
+        drawn = choice.key == "random" and self._live.network is None
+        code = truncation_code(point.ranks, choice, point.accuracy, drawn=drawn)
+        return (
+            '<textarea readonly aria-label="code of this network" rows="4" '
+            'onfocus="this.select()" style="width: 100%; '
+            'box-sizing: border-box; font-family: monospace">'
+            f"{html.escape(code)}</textarea>"
+        )
 
     def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
         """Add the picture and the words for pages without a kernel."""
@@ -243,13 +255,3 @@ class RankExplorer(ipywidgets.VBox):
 def _html(role: str, lines: list[str]) -> str:
     text = "<br>".join(map(html.escape, lines))
     return f'<div role="{role}" style="line-height: 1.5">{text}</div>'
-
-
-def _code(state: ExplorerState, choice: Choice) -> str:
-    code = truncation_code(state.point.ranks, choice, state.point.accuracy)
-    return (
-        '<textarea readonly aria-label="code of this network" rows="4" '
-        'onfocus="this.select()" style="width: 100%; '
-        'box-sizing: border-box; font-family: monospace">'
-        f"{html.escape(code)}</textarea>"
-    )

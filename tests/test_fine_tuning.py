@@ -1,5 +1,8 @@
 """Training after truncation: the optimizer is new, and gradual cuts end where asked."""
 
+import math
+import sys
+
 import pytest
 import torch
 
@@ -109,3 +112,60 @@ def test_truncate_gradually_refuses_bad_arguments():
         truncate_gradually(net, data, keep=0.5, steps=0)
     with pytest.raises(ValueError, match="expected exactly one"):
         truncate_gradually(net, data)
+
+
+@pytest.mark.parametrize("at", ["cut", "accuracy"])
+def test_truncate_gradually_keeps_finished_stages_after_ctrl_c(monkeypatch, at):
+    net, data = trained()
+    module = sys.modules["cpnb.fine_tuning"]
+    name = {"cut": "truncate", "accuracy": "accuracy"}[at]
+    own, calls = getattr(module, name), []
+
+    def press(*args, **options):
+        calls.append(1)
+        if len(calls) == {"cut": 2, "accuracy": 4}[at]:
+            raise KeyboardInterrupt
+        return own(*args, **options)
+
+    monkeypatch.setattr(module, name, press)
+    options = {"keep": 0.25, "steps": 3, "epochs": 1, "progress": False}
+    small, stages = truncate_gradually(net, data, **options)
+    assert [stage.run.status for stage in stages] == ["finished"] * len(stages)
+    assert len(stages) == {"cut": 1, "accuracy": 2}[at]
+    ranks = {name: layer.rank for name, layer in cp_layers(small).items()}
+    assert stages[-1].ranks == ranks
+    assert math.isnan(stages[-1].accuracy_after_training) == (at == "accuracy")
+
+
+def test_truncate_gradually_says_so_when_ctrl_c_comes_before_any_training(monkeypatch):
+    net, data = trained()
+
+    def press(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["cpnb.fine_tuning"], "truncate", press)
+    with pytest.raises(KeyboardInterrupt):
+        truncate_gradually(net, data, keep=0.5, progress=False)
+
+
+def test_truncate_gradually_goes_on_from_its_checkpoints(tmp_path):
+    net, data = trained()
+    options = {"keep": 0.5, "steps": 2, "epochs": 1, "progress": False}
+    whole, _ = truncate_gradually(net, data, **options)
+    options["checkpoint"] = tmp_path / "cut.pt"
+    (kept, stages), (again, _) = (
+        truncate_gradually(net, data, **options) for _ in range(2)
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut-1.pt", "cut-2.pt"]
+    assert [len(stage.run.history) for stage in stages] == [1, 1]
+    for values in zip(*(m.parameters() for m in (whole, kept, again)), strict=True):
+        assert torch.equal(values[0], values[1]) and torch.equal(values[0], values[2])
+
+
+def test_truncate_gradually_names_the_ranks_of_every_layer():
+    net, data = trained()
+    options = {"steps": 2, "epochs": 1, "progress": False}
+    _, stages = truncate_gradually(net, data, rank={"fc1": 5}, **options)
+    whole = {name: layer.rank for name, layer in cp_layers(net).items()}
+    assert stages[-1].ranks == whole | {"fc1": 5}
+    assert stages[0].ranks.keys() == whole.keys()

@@ -9,6 +9,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import cpnb
+from cpnb._sweep.memory import PeakMemory
 from cpnb.importance import DATA_KEYS, KEYS, component_orders
 from cpnb.probing import probe
 
@@ -269,9 +270,9 @@ def test_keys_on_images_take_1000_training_images_of_a_data_set(net):
 def test_keys_on_images_take_layers_that_get_their_input_by_keyword(net, data):
     class Named(Net):
         def forward(self, images):
-            hidden = self.first(images=images).tanh_()
-            hidden = self.norm(self.layer(images=hidden)).tanh()
-            return self.fc(features=self.layer(images=hidden).flatten(1))
+            hidden = self.first(input=images).tanh_()
+            hidden = self.norm(self.layer(input=hidden)).tanh()
+            return self.fc(input=self.layer(input=hidden).flatten(1))
 
     named = copy.deepcopy(net)
     named.__class__ = Named
@@ -335,3 +336,92 @@ def test_component_order_refuses_a_layer_of_another_network(net, data):
         cpnb.component_order(made().layer, "gradient", model=net, data=data)
     with pytest.raises(TypeError, match="layer is a Linear, expected a CP layer"):
         cpnb.component_order(nn.Linear(2, 2))
+
+
+class Folded(nn.Module):
+    """Eight tokens an image, one row each where they are folded into the batch."""
+
+    def __init__(self, folded):
+        super().__init__()
+        self.layer, self.fc = cpnb.CPLinear(8, 6, rank=5), cpnb.CPLinear(6, 3, rank=6)
+        self.folded = folded
+
+    def forward(self, images):
+        if self.folded:
+            hidden = self.layer(images.reshape(-1, 8)).unflatten(0, (-1, 8))
+        else:
+            hidden = self.layer(images)
+        return self.fc(hidden.tanh().mean(1))
+
+
+@pytest.mark.parametrize("key", ["gradient", "hessian", "activation"])
+def test_keys_do_not_depend_on_how_images_fill_the_batch(key):
+    plain = Folded(False).double()
+    folded = Folded(True).double()
+    folded.load_state_dict(plain.state_dict())
+    data = torch.randn(30, 8, 8, dtype=torch.float64), torch.arange(30) % 3
+    found, expected = (
+        probe(net, cpnb.cp_layers(net), data, key)["layer"] for net in (folded, plain)
+    )
+    assert_close(found, expected)
+
+
+@pytest.mark.parametrize("key", ["gradient", "hessian"])
+def test_keys_of_a_layer_for_images_and_for_anchors_are_its_derivatives(key):
+    class Anchored(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = cpnb.CPLinear(8, 6, rank=5)
+            self.register_buffer("anchors", torch.randn(4, 8))
+
+        def forward(self, images):
+            return self.layer(images) @ self.layer(self.anchors).T
+
+    net = Anchored().double()
+    images, labels = torch.randn(9, 8, dtype=torch.float64), torch.arange(9) % 4
+    found = probe(net, cpnb.cp_layers(net), (images, labels), key)["layer"]
+    lam, expected = net.layer.lam, []
+    for image, label in zip(images, labels, strict=True):
+        scores = net(image[None])[0]
+        if key == "gradient":
+            loss = F.cross_entropy(scores, label)
+            expected.append(lam * torch.autograd.grad(loss, lam)[0])
+            continue
+        slopes = torch.stack(
+            [lam * torch.autograd.grad(s, lam, retain_graph=True)[0] for s in scores]
+        )
+        likely = scores.softmax(0)[:, None]
+        mean = (likely * slopes).sum(0)
+        expected.append((likely * (slopes - mean).square()).sum(0) / 2)
+    assert_close(found, torch.stack(expected).mean(0).abs().detach())
+
+
+def test_keys_give_nothing_to_a_layer_that_runs_without_gradients(net, data):
+    class Frozen(Net):
+        def forward(self, images):
+            with torch.no_grad():
+                hidden = self.first(images)
+            return self.fc(self.norm(self.layer(hidden)).tanh().flatten(1))
+
+    frozen = copy.deepcopy(net)
+    frozen.__class__ = Frozen
+    for key in ("gradient", "hessian"):
+        found = probe(frozen, cpnb.cp_layers(frozen), data, key)
+        nothing = {name for name, values in found.items() if not values.any()}
+        assert nothing == {"first"} & set(found)
+
+
+def test_probe_keeps_to_the_memory_it_is_given(net, data):
+    def needed(memory):
+        with PeakMemory() as peak:
+            found[memory] = probe(net, layers, data, "gradient", memory=memory)
+        return peak.bytes
+
+    layers, found = cpnb.cp_layers(net), {}
+    whole = needed(None)
+    assert needed(whole // 4) <= whole // 4
+    for name, values in found.pop(None).items():
+        for others in found.values():
+            assert_close(others[name], values)
+    with pytest.raises(ValueError, match=r"expected at least .* looks at in one image"):
+        needed(100)

@@ -92,5 +92,21 @@ def test_compare_keys_refuses_networks_without_a_common_rank(nets, data):
         cpnb.compare_keys([nets[0], other], data, progress=False)
     with pytest.raises(ValueError, match="models is empty, expected at least one"):
         cpnb.compare_keys([], data)
+    for name, wrong in (("keys", "lam"), ("refits", False), ("models", None)):
+        given = {"models": nets, name: wrong}
+        with pytest.raises(TypeError, match=f"{name} is {wrong!r}, expected a list"):
+            cpnb.compare_keys(data=data, **given)
+    for name in ("keys", "refits"):
+        with pytest.raises(ValueError, match=f"{name} is empty, expected at least one"):
+            cpnb.compare_keys(nets, data, **{name: []})
+    with pytest.raises(TypeError, match=r"ranks\['0'\] is 3, expected a list"):
+        cpnb.compare_keys(nets, data, {"0": 3})
     with pytest.raises(TypeError, match="ranks is a list, expected a mapping from"):
         cpnb.compare_keys(nets, data, [1, 2])
+
+
+def test_compare_keys_shows_cuts_of_nearly_the_same_share_apart(nets, data):
+    options = {"keys": ["lam"], "refits": [False], "progress": False}
+    table = cpnb.compare_keys(nets[0], data, {"*": [0.12, 0.125, 0.504]}, **options)
+    head, _ = repr(table).splitlines()
+    assert [f"{share}% kept" in head for share in (12, 12.5, 50.4)] == [True] * 3

@@ -170,3 +170,11 @@ def test_nested_rank_refuses_a_network_without_cp_layers():
     data = torch.randn(8, 4), torch.arange(8) % 2
     with pytest.raises(ValueError, match="without CP layers"):
         fit(nn.Linear(4, 2), data, hooks=[NestedRank()], progress=False)
+
+
+def test_nested_rank_takes_any_seed():
+    net = nn.Sequential(cpnb.CPLinear(8, 4, rank=5))
+    data = torch.randn(8, 8), torch.arange(8) % 4
+    hooks = [cpnb.NestedRank(seed=2**60)]
+    run = cpnb.fit(net, data, epochs=2, hooks=hooks, progress=False)
+    assert run.status == "finished"

@@ -226,6 +226,8 @@ def test_rank_sweep_takes_ranks_in_several_ways(model, data):
     listed = swept(None, iter([4]))
     assert listed == [("conv1", 4), ("conv1", 5), ("conv2", 4), ("fc", 3)]
     assert swept(None, {"*": [0.5]}) == [("*", 5)]
+    with pytest.raises(ValueError, match=r'"\*", which takes fractions of the compon'):
+        swept(["fc", "*"], [1, 2])
     assert swept(["fc", "*"], {"*": [0.5]}) == [("fc", n) for n in (1, 2, 3)] + [
         ("*", 5)
     ]

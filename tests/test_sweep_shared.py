@@ -453,7 +453,7 @@ def test_rank_sweep_keeps_what_is_done_of_a_linear_layer_when_interrupted(wide):
 
 
 @pytest.mark.parametrize(
-    ("memory", "copies", "kept"), [(1024, 1, True), (0.07, 1, True), (0.07, 20, False)]
+    ("memory", "copies", "kept"), [(1024, 1, True), (0.2, 1, True), (0.2, 20, False)]
 )
 def test_rank_sweep_computes_what_all_bands_share_once_where_it_fits(
     wide, memory, copies, kept
@@ -502,3 +502,38 @@ def test_sweep_counts_the_flops_of_dense_layers_and_chains():
     positions, rank = 64, 4
     assert row["flops"] == 2 * positions * rank * (16 + 9 + 32)
     assert row["dense_flops"] == 2 * positions * 16 * 9 * 32
+
+
+def test_rank_sweep_measures_a_network_that_changes_its_input(images):
+    def changes(net, x):
+        return net.layer(x.sub_(0.3).mul_(2))
+
+    net = made(lambda: Net(changes, layer=conv(4, 4, 3, padding=1)), images)
+    copied = images.clone()
+    data = copied, labelled(net, images.clone())[1]
+    for key, refit in (("lam", False), ("activation", False), ("lam", "data")):
+        options = {"key": key, "refit": refit, "progress": False}
+        sweep = cpnb.rank_sweep(net, data, **options)
+        assert sweep.methods["layer"] == "together"
+        for rank in (1, 3):
+            cut = cpnb.truncate(net, rank=rank, key=key, refit=refit, data=data)
+            accuracy = cpnb.accuracy(cut, data)
+            assert dict(sweep.curve("layer"))[rank].accuracy == accuracy
+    assert torch.equal(copied, images)
+
+
+def test_rank_sweep_goes_one_by_one_where_memory_holds_a_single_image(images):
+    net = made(NETS["1x1"], images)
+    data = labelled(net, images)
+    sweep = cpnb.rank_sweep(net, data, ["layer"], memory=0.012, progress=False)
+    assert sweep.methods["layer"] == "one by one: the memory holds 1 of 4 images"
+    assert_equals_naive(net, data, sweep)
+
+
+@pytest.mark.parametrize("wrong", [lambda scores: scores.sum(), lambda s: s[:, 0]])
+def test_rank_sweep_refuses_scores_of_another_shape_as_evaluate_does(images, wrong):
+    net = made(NETS["1x1"], images)
+    data = labelled(net, images)
+    net.register_forward_hook(lambda net, args, scores: wrong(scores))
+    with pytest.raises(ValueError, match=r"model returned scores of shape .*one row"):
+        cpnb.rank_sweep(net, data, progress=False)

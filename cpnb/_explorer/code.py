@@ -8,7 +8,11 @@ from cpnb._explorer.choices import Choice
 
 
 def truncation_code(
-    ranks: Mapping[str, int], choice: Choice, accuracy: float | None
+    ranks: Mapping[str, int],
+    choice: Choice,
+    accuracy: float | None,
+    *,
+    drawn: bool = False,
 ) -> str:
     """Python that cuts ``net`` like the explorer and measures it on ``data``.
 
@@ -16,6 +20,7 @@ def truncation_code(
         ranks: Components of every layer.
         choice: The key and the refit.
         accuracy: What the explorer shows, None while unknown.
+        drawn: Whether the random key may have been drawn by a generator.
 
     Returns:
         Lines of code; run where the network is ``net`` and the data ``data``.
@@ -28,11 +33,10 @@ def truncation_code(
     arguments = f"rank={dict(ranks)!r}, key={choice.key!r}, refit={choice.refit!r}"
     if choice.looks_at_data:
         arguments += ", data=data"
+    lines = ["import cpnb"]
+    if drawn:
+        lines.append("# Pass the generator= of the sweep too, if it was given one.")
     shown = "not measured yet" if accuracy is None else repr(accuracy)
-    return "\n".join(
-        [
-            "import cpnb",
-            f"cut = cpnb.truncate(net, {arguments})",
-            f"cpnb.accuracy(cut, data)  # {shown}",
-        ]
-    )
+    lines.append(f"cut = cpnb.truncate(net, {arguments})")
+    lines.append(f"cpnb.accuracy(cut, data)  # {shown}")
+    return "\n".join(lines)

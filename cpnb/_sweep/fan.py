@@ -129,17 +129,17 @@ class LinearFan:
         """The layer at some ranks. Shape ``(ranks · batch, ..., out)``."""
         return self._mixed(self._hidden, ranks)
 
-    def each(self, features: Tensor, ranks: Sequence[int]) -> Tensor:
+    def each(self, input: Tensor, ranks: Sequence[int]) -> Tensor:
         """The layer at some ranks, each on inputs of its own.
 
         Args:
-            features: Shape ``(ranks · batch, ..., in)``, the ranks outermost.
+            input: Shape ``(ranks · batch, ..., in)``, the ranks outermost.
             ranks: At least one.
 
         Returns:
             Shape ``(ranks · batch, ..., out)``.
         """
-        hidden = features @ self._ranked.factors[1][:, : max(ranks)]
+        hidden = input @ self._ranked.factors[1][:, : max(ranks)]
         return self._mixed(hidden.unflatten(0, (len(ranks), -1)), ranks)
 
     def _mixed(self, hidden: Tensor, ranks: Sequence[int]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
@@ -87,6 +88,7 @@ class NetworkGraph:
         *,
         replaced: Mapping[Node, Callable[..., Any]] | None = None,
         keep: Collection[Node] = (),
+        seen: Callable[[Node, Any], object] | None = None,
     ) -> None:
         """Compute some values, and forget those that no later one of them needs.
 
@@ -95,11 +97,14 @@ class NetworkGraph:
             values: What is known of their sources; gets what is computed.
             replaced: What to call in the place of a value's own function or module.
             keep: Values not to forget.
+            seen: Told each value once it is computed.
         """
         nodes = list(nodes)
         last = {source: node for node in nodes for source in node.all_input_nodes}
         for node in nodes:
             values[node] = self._compute(node, values, replaced or {})
+            if seen is not None:
+                seen(node, values[node])
             for source in node.all_input_nodes:
                 if last[source] is node and source not in keep:
                     values.pop(source, None)
@@ -136,22 +141,29 @@ class Profile:
 
     def __init__(self, graph: NetworkGraph, images: Tensor) -> None:
         """Run the network."""
-        two, three = (_values(graph, images, count) for count in (2, 3))
+        two, three = (_rows(graph, images, count) for count in (2, 3))
         self.shapes: dict[Node, tuple[int, ...]] = {}
         self.bytes: dict[Node, int] = {}
-        for node, value in two.items():
-            if not isinstance(value, Tensor) or not value.ndim:
-                continue
-            if (len(value), len(three[node])) == (2, 3):
-                self.shapes[node] = tuple(value.shape[1:])
-                self.bytes[node] = value[:1].numel() * value.element_size()
+        for node, (rows, shape, size) in two.items():
+            if node in three and (rows, three[node][0]) == (2, 3):
+                self.shapes[node] = shape
+                self.bytes[node] = math.prod(shape) * size
 
 
-def _values(graph: NetworkGraph, images: Tensor, count: int) -> Values:
+def _rows(
+    graph: NetworkGraph, images: Tensor, count: int
+) -> dict[Node, tuple[int, tuple[int, ...], int]]:
+    """Rows of each tensor, shape of one and bytes of an element, for some images."""
+    found = {}
+
+    def see(node: Node, value: Any) -> None:
+        if isinstance(value, Tensor) and value.ndim:
+            found[node] = len(value), tuple(value.shape[1:]), value.element_size()
+
     repeated = images[torch.arange(count, device=images.device) % len(images)]
-    values = {graph.input: repeated}
-    graph.run(graph.nodes, values, keep={graph.input, *graph.nodes})
-    return values
+    see(graph.input, repeated)
+    graph.run(graph.nodes, {graph.input: repeated}, seen=see)
+    return found
 
 
 class _Tracer(fx.Tracer):

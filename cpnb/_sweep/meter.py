@@ -61,6 +61,7 @@ class RankMeter:
         refit: bool | str = False,
         batch_size: int = 1000,
         generator: torch.Generator | None = None,
+        memory: int | None = None,
         progress: bool = True,
     ) -> None:
         """Copy the network and order the components; see :func:`rank_sweep`."""
@@ -81,6 +82,7 @@ class RankMeter:
             refit=refit,
             data=data,
             generator=generator,
+            memory=memory,
             progress=progress,
         )
         # A layer used in several places is replaced in all of them.
@@ -101,7 +103,7 @@ class RankMeter:
             "order_fingerprint": order_fingerprint(key, refit, data, orders),
         }
         self.images = self.images.to(dtype)
-        outside, flops = count_flops(self.model, self.images[:1].to(device))
+        outside, flops = count_flops(self.model, self.images[:1].to(device, copy=True))
         inside = {p for layer in layers.values() for p in layer.parameters()}
         self.table = RankSweep(
             layers=tuple(

@@ -53,17 +53,22 @@ def plan_positions(
     Raises:
         TypeError: If ``layers``, ``ranks`` or one of its values is not a list, or a
             list holds the wrong type.
-        ValueError: If ``layers`` is empty, a name is unknown, or a rank or fraction
-            out of range.
+        ValueError: If ``layers`` is empty, a name is unknown, a rank or fraction out
+            of range, or ``ranks`` a list for ``"*"``.
     """
-    _check_list(layers, "layers", 'layers=["conv1"]')
-    _check_list(ranks, "ranks", "ranks=[1, 2, 4]")
+    check_list(layers, "layers", 'layers=["conv1"]')
+    check_list(ranks, "ranks", "ranks=[1, 2, 4]")
     mapping = isinstance(ranks, Mapping)
     for name, value in ranks.items() if mapping else ():
         example = "[0.25, 0.5]" if name == GLOBAL else "[1, 2, 4]"
-        _check_list(value, f"ranks[{name!r}]", f"ranks={{{name!r}: {example}}}")
+        check_list(value, f"ranks[{name!r}]", f"ranks={{{name!r}: {example}}}")
     if ranks is not None and not mapping:
         ranks = list(ranks)
+        if layers is not None and GLOBAL in (layers := list(layers)):
+            raise ValueError(
+                f'ranks is {ranks!r} for layers with "*", which takes fractions of the '
+                'components. Pass a mapping, for example ranks={"*": [0.25, 0.5]}.'
+            )
     empty = "ranks is {}" if layers is None else "layers is []"
     if layers is None:
         everything = (*sweep.ranks, GLOBAL) if ranks is None else tuple(sweep.ranks)
@@ -86,7 +91,7 @@ def plan_positions(
     for name in layers:
         given = ranks.get(name) if mapping else ranks
         if name == GLOBAL:
-            plan[name] = _fractions(given if mapping else None)
+            plan[name] = _fractions(given)
         else:
             plan[name] = _ranks(sweep.layer(name), given, skip_above=not mapping)
     if ranks is not None and not any(plan.values()):
@@ -96,7 +101,8 @@ def plan_positions(
     return plan
 
 
-def _check_list(value: object, name: str, example: str) -> None:
+def check_list(value: object, name: str, example: str) -> None:
+    """Refuse what is no list, and a string; None passes."""
     if isinstance(value, str) or not isinstance(value, Iterable | None):
         raise TypeError(f"{name} is {value!r}, expected a list, for example {example}.")
 

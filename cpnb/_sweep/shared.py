@@ -116,8 +116,9 @@ class SharedEvaluation:
                     yield group, rows, self.finish(values, rows, group)
 
     def values(self, images: Tensor) -> Values:
-        """The values to start from."""
-        return {self._graph.input: innermost(images) if self._packed else images}
+        """The values to start from: a copy, which the network may change."""
+        copy = innermost(images) if self._packed else images
+        return {self._graph.input: images.clone() if copy is images else copy}
 
     def share(
         self,
@@ -192,9 +193,7 @@ class SharedEvaluation:
         """The layer for values after the fan: at one rank, or at one for each."""
         if name in self._linear:
             return functools.partial(self._linear[name].each, ranks=ranks)
-        layer = self._layer(name, ranks[0], settled=True)
-        # A dense layer has another name for its input than the CP layer.
-        return lambda *args, **kwargs: layer(*args, *kwargs.values())
+        return self._layer(name, ranks[0], settled=True)
 
     def _layer(self, name: str, rank: int, settled: bool = False) -> nn.Module:
         """The layer at a rank; the last one is kept, as is what is made of it."""

@@ -51,12 +51,15 @@ def fitting(
         try:
             for layer in layers:
                 layer.forward_mode = mode
-            one, two = (peak_of(lambda n=n: run(_first(images, n))) for n in (1, 2))
+            one = peak_of(lambda: run(_first(images, 1)))
+            _check(parts * one, memory)
+            spare, two = memory // parts - one, 2 * one
+            if one <= spare:  # less, where something is made once for all images
+                two = peak_of(lambda: run(_first(images, 2)))
+            counts.append(1 + spare // max(two - one, 1))
         finally:
             for layer, own in zip(layers, modes, strict=True):
                 layer.forward_mode = own
-        _check(parts * one, memory)
-        counts.append(1 + (memory // parts - one) // max(two - one, 1))
     return min(counts)
 
 
@@ -137,7 +140,7 @@ def _bytes(values: Values, nodes: Collection[Node]) -> int:
 
 
 def _first(images: Tensor, count: int) -> Tensor:
-    return images[:1].expand(count, *images.shape[1:])
+    return images[:1].repeat(count, *(1,) * (images.ndim - 1))
 
 
 def _check(needed: int, memory: int) -> None:

@@ -19,7 +19,8 @@ from cpnb.evaluation import check_scores, placement
 BAND = 64
 """Truncations that are finished together: what Ctrl-C can cost."""
 
-_CHECKED = 8  # images on which sharing is compared with evaluating one by one
+# Images on which sharing is compared with evaluating one by one, and ranks at once.
+_CHECKED, _TOGETHER = 8, 4
 
 
 class Sweeper:
@@ -45,9 +46,12 @@ class Sweeper:
         self._layers = {name: ranked.layer for name, ranked in meter.ranked.items()}
         fits = fitting(meter.model, self._few, self._layers.values(), memory)
         meter.batch_size = min(meter.batch_size, fits)
+        self._few = self._few[: max(1, fits // _TOGETHER)]
         self._graph, self._reason = None, ""
         with torch.no_grad():
             try:
+                if fits < _TOGETHER:
+                    raise CannotShare(f"the memory holds {fits} of {_TOGETHER} images")
                 self._graph = NetworkGraph(meter.model)
                 self._profile = Profile(self._graph, self._few)
             except CannotShare as error:
@@ -66,16 +70,12 @@ class Sweeper:
         Yields:
             The truncations, in order, and what was found.
         """
-        evaluation = self._evaluation(axis, points)
+        evaluation, sizes = self._evaluation(axis, points)
         if evaluation is None:
             for point in points:
                 yield point, self._meter.measure(point)
                 advance(len(self._meter.images))
             return
-        sizes = fitting_sizes(
-            *(evaluation, points, self._few, self._layers.values()),
-            *(self._memory, self._meter.batch_size),
-        )
         segments = evaluation.route.segments(points)
         # Before a linear layer, what is shared may cost as much as all of its ranks.
         again = len(segments) == 1 and BAND < len(points)
@@ -114,30 +114,39 @@ class Sweeper:
 
     def _evaluation(
         self, axis: str, points: Sequence[Ranks]
-    ) -> SharedEvaluation | None:
+    ) -> tuple[SharedEvaluation | None, Sizes | None]:
         """The fastest way that gives the right scores; None to go one by one."""
         if self._graph is None:
             self.methods[axis] = f"one by one: {self._reason}"
-            return None
+            return None, None
         try:
-            evaluation = self._checked(self._route(axis, points), points)
+            found = self._checked(self._route(axis, points), points)
             self.methods[axis] = "together"
-            return evaluation
+            return found
         except CannotShare as error:
             self.methods[axis] = f"one by one after what they share: {error}"
         try:
             return self._checked(Route(self._graph), points)
         except CannotShare as error:
             self.methods[axis] = f"one by one: {error}"
-            return None
+            return None, None
 
-    def _checked(self, route: Route, points: Sequence[Ranks]) -> SharedEvaluation:
+    def _checked(
+        self, route: Route, points: Sequence[Ranks]
+    ) -> tuple[SharedEvaluation, Sizes]:
         """The way to evaluate along a route, in the faster layout if that works."""
 
-        def checked(packed: bool) -> SharedEvaluation:
+        def checked(packed: bool) -> tuple[SharedEvaluation, Sizes]:
             evaluation = SharedEvaluation(route, self._meter.ranked, packed=packed)
+            try:
+                sizes = fitting_sizes(
+                    *(evaluation, points, self._few, self._layers.values()),
+                    *(self._memory, self._meter.batch_size),
+                )
+            except Exception as error:  # too little memory, or whatever a model does
+                raise CannotShare(f"{type(error).__name__}: {error}") from error
             self._check(evaluation, points)
-            return evaluation
+            return evaluation, sizes
 
         try:
             return checked(packed=True)
@@ -158,15 +167,18 @@ class Sweeper:
         """Compare with evaluating one by one, on a few images."""
         longest = max(evaluation.route.segments(points), key=len)
         some = [points[0], longest[0], longest[-1], points[-1]]
-        expected = torch.stack(
-            [self._meter.truncated(point)(self._few) for point in some]
-        )
         segments, count = evaluation.route.segments(some), len(self._few)
+        largest = int(self._meter.labels.max())
+        expected = []
+        for point in some:
+            expected.append(self._meter.truncated(point)(self._few.clone()))
+            check_scores(expected[-1], count, largest)
+        expected = torch.stack(expected)
         try:
             # First one rank after the other, as it may change what they share.
             found = [
                 torch.cat([s for *_, s in evaluation.scores(self._few, segments, size)])
-                for size in (Sizes(count, count, 1), Sizes(count, count, 4))
+                for size in (Sizes(count, count, 1), Sizes(count, count, _TOGETHER))
             ]
         except Exception as error:  # whatever a model does with several ranks at once
             raise CannotShare(f"{type(error).__name__}: {error}") from error

@@ -231,3 +231,15 @@ def test_code_of_a_layer_alone_runs(explore):
 def test_choices_and_buttons_are_labelled(explore, model, data):
     for widget in vars(explore(model, data, background=False).switches).values():
         assert widget.description and widget.tooltip
+
+
+def test_explorer_code_says_what_a_random_table_needs(explore, model, data):
+    generator = torch.Generator().manual_seed(5)
+    options = {"key": "random", "progress": False}
+    sweep = cpnb.rank_sweep(model, data, generator=generator, **options)
+    explorer = explore(sweep)
+    explorer.switches.code.value = True
+    assert "# Pass the generator= of the sweep too" in words(explorer.code)
+    explorer = explore(model, data, key="random", background=False)
+    explorer.switches.code.value = True
+    assert "generator" not in words(explorer.code)
