@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cpnb._compare.cells import UNFINISHED, DataSource, Task, forget
+from cpnb._checks import check_count, check_strength
+from cpnb._compare.cells import UNFINISHED, DataSource, Task, checkpoint_path, forget
 from cpnb._compare.plan import bundles, planned, record_path, resumed
-from cpnb._compare.record import Record
+from cpnb._compare.record import Cell, Record
 from cpnb._compare.running import run_tasks
 from cpnb._compare.table import HEAD, row, words
 from cpnb._tables import html_table, text_table
@@ -140,7 +141,8 @@ def compare(
             recipe's own, or those of `cpnb.fit`, for what is left out.
         tune_seeds: Seeds on which the values are chosen; none of ``seeds``.
         executor: Trains the cells, for example in several processes or on a cluster:
-            any `concurrent.futures.Executor`. In turn, in this process, if None.
+            any `concurrent.futures.Executor`. A process trains one cell at a time, so
+            that threads gain nothing. In turn, in this process, if None.
         results: Folder of the records, one JSON file per recipe; nothing is written
             if None.
         device: Device to train on.
@@ -161,6 +163,15 @@ def compare(
         ValueError: If names repeat, seeds are in both sets, ``tune`` names something
             else, or a record was made from another recipe or other data.
     """
+    if together is not None:
+        together = check_count(together, "together")
+    if limit != math.inf:
+        limit = check_strength(limit, "limit")
+    if executor is not None and not hasattr(executor, "submit"):
+        raise TypeError(
+            f"executor is a {type(executor).__name__}, expected a "
+            "concurrent.futures.Executor, such as ProcessPoolExecutor()."
+        )
     recipes, folder = list(recipes), None if results is None else Path(results)
     fresh = planned(recipes, data, seeds, tune or {}, tune_seeds)
     records = {record.name: resumed(record, folder) for record in fresh}
@@ -173,12 +184,18 @@ def compare(
             record.save(record_path(folder, record.name))
             forget(task)
 
+    def task(recipe: Recipe, cells: tuple[Cell, ...]) -> Task:
+        record = records[recipe.name]
+        path = None if folder is None else checkpoint_path(folder, record, cells)
+        return Task(recipe, cells, data, device, deadline, dict(note or {}), path)
+
     device, deadline = str(device), time.time() + limit
-    together = together or (1 if device.startswith("cpu") else None)
+    if together is None and device.startswith("cpu"):
+        together = 1
     try:
         for phase in ("tune", "test"):
             tasks = [
-                Task(recipe, cells, data, device, deadline, dict(note or {}), folder)
+                task(recipe, cells)
                 for recipe in recipes
                 for cells in bundles(
                     records[recipe.name].missing(phase),

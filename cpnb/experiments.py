@@ -78,8 +78,9 @@ def read_results(folder: Path | str = RESULTS) -> dict[str, Comparison]:
     """The comparisons in a folder of records, by experiment, as they are defined."""
     found = {}
     for name, experiment in EXPERIMENTS.items():
-        if any((Path(folder) / name).glob("*.json")):
-            names = [recipe.name for recipe in experiment.recipes]
+        there = {path.stem for path in (Path(folder) / name).glob("*.json")}
+        names = [recipe.name for recipe in experiment.recipes if recipe.name in there]
+        if names:
             found[name] = Comparison.load(Path(folder) / name, names)
     return found
 
@@ -123,6 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("not complete; the same command goes on with the next cell")
     text = status_text(options.results)
     if options.command == "run" or options.write:
+        options.results.mkdir(parents=True, exist_ok=True)
         (options.results / "README.md").write_text(text, encoding="utf-8")
     if options.command == "status":
         print(text)

@@ -34,6 +34,7 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
 _START_SEED_OFFSET = 1_000_000
 _START_IMAGES = 256
 _SET_BY_COMPARE = {"model", "data", "seed", "seeds", "hooks", "progress", "callback"}
+_SET_BY_COMPARE |= {"checkpoint"}
 
 
 @dataclass(frozen=True)

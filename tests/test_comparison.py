@@ -1,5 +1,6 @@
 """Comparisons: cells run once, survive, and the test split is read last."""
 
+import contextlib
 import json
 import os
 import re
@@ -185,12 +186,11 @@ def test_compare_measures_more_where_a_recipe_asks():
 
 
 def test_compare_records_each_network_once_it_is_measured(tmp_path):
-    count = 0
+    calls = []
 
     def measure(network, data, seed):
-        nonlocal count
-        count += 1
-        if count == 2:
+        calls.append(seed)
+        if len(calls) == 2:
             raise KeyboardInterrupt
         return {"seed": seed}
 
@@ -201,7 +201,7 @@ def test_compare_records_each_network_once_it_is_measured(tmp_path):
     (cell,) = Comparison.load(tmp_path).records["none"].tested
     assert cell["measured"] == {"seed": 0}
     assert compare([recipe], SMALL, **plan).is_complete
-    assert count == 3, "the second network in two attempts"
+    assert calls == [0, 1, 1], "the second network in two attempts"
 
 
 def test_compare_gives_each_training_hooks_of_its_own():
@@ -362,6 +362,8 @@ def test_compare_keeps_the_folder_of_a_training_when_another_ends(
 
     monkeypatch.setattr(cells_module, "fit", waits)
     monkeypatch.setattr(comparison, "forget", forget)
+    # Two threads stand for two processes, which do not wait for each other.
+    monkeypatch.setattr(cells_module, "_alone", contextlib.nullcontext())
     with ThreadPoolExecutor(2) as pool:
         found = compare(RECIPES, SMALL, **PLAN, results=tmp_path, executor=pool)
     assert found.is_complete
@@ -474,10 +476,27 @@ def test_compare_refuses_a_record_of_something_else(folder, recipe, data, what):
 
 
 def test_compare_gives_the_same_in_threads(folder, tmp_path):
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(3) as pool:
         found = compare(RECIPES, SMALL, **PLAN, results=tmp_path, executor=pool)
     assert without_times(found) == without_times(Comparison.load(folder))
     assert without_times(Comparison.load(tmp_path)) == without_times(found)
+
+
+def test_compare_trains_one_cell_at_a_time_in_a_process(monkeypatch):
+    fit, inside, most = cells_module.fit, [], []
+
+    def watched(*arguments, **options):
+        inside.append(1)
+        most.append(len(inside))
+        try:
+            return fit(*arguments, **options)
+        finally:
+            inside.pop()
+
+    monkeypatch.setattr(cells_module, "fit", watched)
+    with ThreadPoolExecutor(3) as pool:
+        compare(RECIPES, SMALL, seeds=range(3), executor=pool, progress=False)
+    assert most == [1] * 6
 
 
 @pytest.mark.slow
@@ -520,6 +539,10 @@ def test_compare_gives_the_same_on_a_dask_cluster(folder):
         ({"tune": {"momentum": [0.9]}}, r"tune names \['momentum'\], expected 'lr' or"),
         ({"tune": {"lr": []}}, r"tune\['lr'\] is \[\], expected one or more numbers"),
         ({"tune": {"lr": [float("nan")]}}, r"tune\['lr'\] is \[nan\]"),
+        ({"tune": {"lr": [0.01, 0.01]}}, r"tune\['lr'\] is .* above 0, each once"),
+        ({"tune": {"lr": [0, 0.01]}}, r"tune\['lr'\] is \[0.0, 0.01\], .* above 0"),
+        ({"together": 0}, "together is 0, expected at least 1"),
+        ({"limit": float("nan")}, "limit is nan, expected a finite number"),
     ],
 )
 def test_compare_refuses_what_cannot_be_run(changes, message):
@@ -527,9 +550,47 @@ def test_compare_refuses_what_cannot_be_run(changes, message):
         compare(**{"recipes": RECIPES, "data": SMALL, **PLAN} | changes)
 
 
-def test_compare_refuses_data_without_a_description():
-    with pytest.raises(TypeError, match="data holds a Tensor, which a record cannot"):
-        compare(RECIPES, torch.zeros(2), **PLAN)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": torch.zeros(2)}, "data is a Tensor, expected a data set or a funct"),
+        ({"data": "digits"}, "data is a str, expected a data set or a function"),
+        ({"seeds": 3}, r"seeds is 3, expected a list, such as range\(5\)"),
+        ({"tune": {"lr": 0.1}}, r"tune\['lr'\] is 0.1, expected a list"),
+        ({"executor": 2}, "executor is a int, expected a concurrent.futures.Executor"),
+    ],
+)
+def test_compare_refuses_arguments_of_another_type(changes, message):
+    with pytest.raises(TypeError, match=message):
+        compare(**{"recipes": RECIPES, "data": SMALL, **PLAN} | changes)
+
+
+@pytest.mark.parametrize("value", [torch.tensor(1.0), float("nan")])
+def test_compare_names_a_measure_whose_result_no_record_can_hold(tmp_path, value):
+    recipe = replace(RECIPES[0], measure=lambda network, data, seed: {"x": value})
+    with pytest.raises(TypeError, match=r"measure of recipe 'none' returned {'x': "):
+        compare([recipe], SMALL, seeds=[0], results=tmp_path, progress=False)
+
+
+def test_compare_tells_data_sets_with_other_labels_apart(tmp_path):
+    data = SMALL()
+    compare(RECIPES[:1], data, seeds=[0], results=tmp_path, progress=False)
+    labels = data.train.labels.roll(1)
+    other = replace(data, train=replace(data.train, labels=labels))
+    assert repr(other) == repr(data)
+    with pytest.raises(ValueError, match="was made with another data"):
+        compare(RECIPES[:1], other, seeds=[0], results=tmp_path, progress=False)
+
+
+def test_compare_loads_each_of_two_functions_that_look_alike():
+    def holds(size):
+        def load():
+            return load_data(train_size=size)
+
+        found = compare(RECIPES[:1], load, seeds=[0], progress=False)
+        return found.records["none"].data["images"][0]
+
+    assert [holds(size) for size in (128, 64)] == [128, 64]
 
 
 # --- records and the table ------------------------------------------------------------
@@ -575,6 +636,33 @@ def test_record_names_a_file_that_holds_none(tmp_path, text):
     path = tmp_path / "x.json"
     path.write_text(text)
     with pytest.raises(ValueError, match=re.escape(str(path))):
+        Record.load(path)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda read: read.update(cells=None),
+        lambda read: read.update(cells=[{}]),
+        lambda read: read.update(recipe="x"),
+        lambda read: read["plan"].pop("tune"),
+        lambda read: read["cells"][-1].pop("lr"),
+        lambda read: read["cells"][-1].pop("test_accuracy"),
+        lambda read: read["cells"][-1].update(test_accuracy="0.9"),
+        lambda read: read["cells"][-1].update(status="weird"),
+        lambda read: read["cells"][-1].update(validation_accuracy=[]),
+        lambda read: read["cells"][-1].update(lr="0.01"),
+        lambda read: read["data"].pop("source"),
+    ],
+)
+def test_record_names_a_file_that_was_damaged(folder, tmp_path, damage):
+    read = json.loads((folder / "none.json").read_text())
+    assert read["cells"][-1]["phase"] == "tune"
+    read["cells"].reverse()  # last one that was tested
+    damage(read)
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps(read))
+    with pytest.raises(ValueError, match=f"{re.escape(str(path))} is damaged"):
         Record.load(path)
 
 

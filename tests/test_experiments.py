@@ -221,6 +221,36 @@ def test_status_says_of_which_recipe_no_rate_works(monkeypatch, tmp_path):
     assert "| bad | none works | 0 |  |  | 0 |  |" in status_text(tmp_path)
 
 
+def test_status_says_which_records_the_definition_has_left_behind(
+    defined, monkeypatch, tmp_path
+):
+    run_experiment(TINY, tmp_path)
+    assert "- complete; 8 cells" in status_text(tmp_path)
+    for change in (
+        {"data": partial(cpnb.load_data, train_size=65)},
+        {"recipes": (TINY.recipes[0], replace(TINY.recipes[1], normalizer="batch"))},
+        {"seeds": (0, 1, 2)},
+    ):
+        changed = {TINY.name: replace(TINY, **change)}
+        monkeypatch.setattr(experiments, "EXPERIMENTS", changed)
+        said = status_text(tmp_path)
+        assert "**made with another recipe, plan or data than now**: " in said
+
+
+def test_status_and_run_take_folders_without_records_of_the_experiment(
+    defined, tmp_path, capsys
+):
+    strange = tmp_path / TINY.name / "old_name.json"
+    strange.parent.mkdir()
+    strange.write_text("{}")
+    assert "**Outstanding**: not run." in status_text(tmp_path)
+    for words in (("status", "--write"), ("run", TINY.name, "--limit-minutes", 0)):
+        folder = tmp_path / words[0]
+        assert command(*words, "--results", folder) == 0
+        assert (folder / "README.md").is_file()
+    capsys.readouterr()
+
+
 # --- committed records ----------------------------------------------------------------
 
 

@@ -2,6 +2,8 @@
 
 import json
 import pickle
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
 
@@ -23,6 +25,16 @@ def tiny(generator):
 def measured(network, data, seed):
     """Something to measure."""
     return {"seed": seed}
+
+
+def scaled(by):
+    """A normalizer that takes a number from around it."""
+
+    def scale(network):
+        network[1].lam.data *= by
+        return network
+
+    return scale
 
 
 DIGITS = cpnb.load_data()
@@ -144,3 +156,38 @@ def test_recipe_builds_every_network_with_the_wanted_classes(name):
     data = replace(DIGITS, classes=tuple("abcdefg"))
     network = Recipe("x", name).build(data, 0)
     assert list(network.parameters())[-1].shape == (7,)
+
+
+def test_description_tells_functions_of_one_name_apart():
+    alike = [describe(scaled(by)) for by in (1, 1, 2)]
+    assert alike[0] == alike[1] != alike[2]
+    one, other = (lambda network: network), (lambda network: network.eval())
+    assert describe(one) != describe(other)
+    assert describe(one) == describe(one)
+    assert describe(tiny) == "test_recipes.tiny"
+    with pytest.raises(TypeError, match=r"value holds list\.append"):
+        describe(partial([].append))
+
+
+def test_description_of_a_script_changes_with_its_code(tmp_path):
+    def described(body):
+        script = tmp_path / "script.py"
+        script.write_text(
+            "from cpnb._compare.describe import describe\n"
+            f"def own(network):\n    return {body}\n"
+            "class Made:\n    def __init__(self):\n"
+            f"        self.kinds = {{'b', 'a', 'c'}} & {{{body!r}}}\n"
+            "if __name__ == '__main__':\n    print(describe([own, Made]))\n"
+        )
+        command = [sys.executable, str(script)]
+        options = {"check": True, "capture_output": True, "text": True}
+        return subprocess.run(command, **options).stdout
+
+    first = described("network")
+    assert "__main__.own#" in first and "__main__.Made#" in first
+    assert described("network") == first
+    changed = described("network.eval()")
+    assert [a == b for a, b in zip(first.split(), changed.split(), strict=True)] == [
+        False,
+        False,
+    ]

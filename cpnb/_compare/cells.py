@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from cpnb._compare.describe import describe
-from cpnb._compare.record import Cell
+from cpnb._compare.record import Cell, Record
 from cpnb.data import Dataset
 from cpnb.evaluation import accuracy, evaluate
 from cpnb.recipes import Recipe
@@ -39,7 +40,8 @@ class Task:
         device: Where to train.
         deadline: Time after which nothing goes on, as `time.time` counts it.
         note: Facts to keep with the provenance.
-        folder: Where to keep the state of an unfinished training; nowhere if None.
+        checkpoint: Where to keep the state of the training until it is recorded;
+            nowhere if None.
     """
 
     recipe: Recipe
@@ -48,29 +50,41 @@ class Task:
     device: str
     deadline: float
     note: Mapping[str, str]
-    folder: Path | None = None
+    checkpoint: Path | None = None
 
-    @property
-    def checkpoint(self) -> Path | None:
-        """File of the unfinished training, of a name that no other task has."""
-        if self.folder is None:
-            return None
-        what = [self.recipe.describe(), describe_source(self.data), self.cells]
-        words = json.dumps(what, sort_keys=True)
-        digest = hashlib.sha256(words.encode()).hexdigest()[:16]
-        return self.folder / UNFINISHED / f"{self.recipe.name}-{digest}.pt"
+
+def checkpoint_path(folder: Path, record: Record, cells: tuple[Cell, ...]) -> Path:
+    """File of an unfinished training, of a name that no other one has."""
+    what = [record.recipe, record.data["source"], cells]
+    digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+    return folder / UNFINISHED / f"{record.name}-{digest[:16]}.pt"
 
 
 def describe_source(source: DataSource) -> Any:
     """How a data set is made, in the types of JSON; what it is if it is there already.
 
     Raises:
-        TypeError: If a function has no lasting description.
+        TypeError: If it is neither a data set nor a function, or one that has no
+            lasting description.
     """
-    return repr(source) if isinstance(source, Dataset) else describe(source, "data")
+    if not isinstance(source, Dataset):
+        if not callable(source):
+            raise TypeError(
+                f"data is a {type(source).__name__}, expected a data set or a function "
+                "that loads one, such as partial(cpnb.load_data, 'digits')."
+            )
+        return describe(source, "data")
+    digest = hashlib.sha256()
+    for split in (source.train, source.validation, source.test):
+        digest.update(repr((split.mean, split.std)).encode())
+        for tensor in split:
+            digest.update(tensor.cpu().contiguous().numpy().data)
+    return f"{source!r}, sha256 {digest.hexdigest()[:16]}"
 
 
 _loaded: dict[str, Dataset] = {}
+# Tracing a network and seeding the global generators concern the whole process.
+_alone = threading.Lock()
 
 
 def _load(source: DataSource) -> Dataset:
@@ -85,7 +99,7 @@ def _load(source: DataSource) -> Dataset:
 
 
 def train(task: Task) -> dict[str, Any] | None:
-    """Train the cells of a task.
+    """Train the cells of a task, one task at a time in a process.
 
     Returns:
         ``data``, what the data set turned out to be, and ``cells``, what the record
@@ -95,8 +109,11 @@ def train(task: Task) -> dict[str, Any] | None:
     Raises:
         KeyboardInterrupt: If Ctrl-C ended the training.
     """
-    if time.time() >= task.deadline:
-        return None
+    with _alone:
+        return None if time.time() >= task.deadline else _train(task)
+
+
+def _train(task: Task) -> dict[str, Any] | None:
     data = _load(task.data).to(task.device)
     begin = time.perf_counter()
     models = [task.recipe.build(data, cell.seed) for cell in task.cells]
@@ -179,5 +196,13 @@ def _tested(
         return {"test_accuracy": None}
     found = {"test_accuracy": round(accuracy(model, data.test), DIGITS)}
     if task.recipe.measure is not None:
-        found["measured"] = task.recipe.measure(model, data, cell.seed)
+        measured = task.recipe.measure(model, data, cell.seed)
+        try:
+            json.dumps(measured, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"measure of recipe {task.recipe.name!r} returned {measured!r}, "
+                f"expected a dict of finite numbers and lists ({error})."
+            ) from error
+        found["measured"] = measured
     return found

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from functools import partial
 from importlib import import_module
+from types import CodeType, FunctionType
 from typing import Any
 
 
@@ -19,10 +22,12 @@ def describe(value: Any, name: str = "value") -> Any:
 
     Returns:
         Equal results for equal values. Functions and classes by their names: public
-        ones of cpnb stay the same when they move to another file.
+        ones of cpnb stay the same when they move to another file, and those of a script
+        or notebook, a lambda or a function within another get a hash of their code, in
+        which numbers, strings and functions count that they take from around them.
 
     Raises:
-        TypeError: If the value has no lasting description.
+        TypeError: If the value has no lasting description, as a method of an object.
 
     >>> from cpnb import load_data
     >>> describe(partial(load_data, "mnist", train_size=100))
@@ -41,16 +46,48 @@ def describe(value: Any, name: str = "value") -> Any:
         return made | describe(value.keywords, name)
     if is_dataclass(value) and not isinstance(value, type):
         entries = {field.name: getattr(value, field.name) for field in fields(value)}
-        return {"call": _name(type(value)), **describe(entries, name)}
+        return {"call": _name(type(value), name), **describe(entries, name)}
     if callable(value) and hasattr(value, "__qualname__"):
-        return _name(value)
+        return _name(value, name)
     raise TypeError(
         f"{name} holds a {type(value).__name__}, which a record cannot describe, "
         "expected numbers, strings, functions or functools.partial of them."
     )
 
 
-def _name(function: Any) -> str:
-    name = function.__qualname__
-    public = import_module("cpnb").__dict__.get(name) is function
-    return f"cpnb.{name}" if public else f"{function.__module__}.{name}"
+def _name(function: Any, name: str) -> str:
+    own, module = function.__qualname__, function.__module__
+    if import_module("cpnb").__dict__.get(own) is function:
+        return f"cpnb.{own}"
+    found: Any = sys.modules.get(module)
+    for part in own.split("."):
+        found = getattr(found, part, None)
+    if module == "__mp_main__":  # the script that started a pool, in its processes
+        module = "__main__"
+    if found is function and module != "__main__":
+        return f"{module}.{own}"
+    code = _code(function)
+    if code is None:
+        raise TypeError(
+            f"{name} holds {own} of {module}, which no record can tell from others. "
+            "Define it with def or class at the top level of a module or notebook."
+        )
+    return f"{module}.{own}#{hashlib.sha256(repr(code).encode()).hexdigest()[:12]}"
+
+
+def _code(value: Any) -> Any:
+    """What a function does, or those of a class, alike in every process."""
+    if isinstance(value, FunctionType):
+        enclosed = [_code(cell.cell_contents) for cell in value.__closure__ or ()]
+        return _code(value.__code__), _code(value.__defaults__), enclosed
+    if isinstance(value, type):
+        parts = [(name, _code(part)) for name, part in vars(value).items()]
+        return [base.__qualname__ for base in value.__bases__], parts
+    if isinstance(value, CodeType):
+        return value.co_code, value.co_names, [_code(each) for each in value.co_consts]
+    if isinstance(value, tuple):
+        return [_code(each) for each in value]
+    if isinstance(value, frozenset):
+        return sorted(map(repr, value))
+    # Not what may change later, as a list.
+    return repr(value) if isinstance(value, str | bytes | int | float) else None

@@ -78,9 +78,12 @@ def bundles(cells: list[Cell], size: int | None) -> list[tuple[Cell, ...]]:
 
 
 def _seeds(seeds: Iterable[int], tune_seeds: Iterable[int]) -> dict[str, list[int]]:
+    given = {"seeds": seeds, "tune_seeds": tune_seeds}
+    for name, values in given.items():
+        _check_iterable(values, name, "range(5)")
     checked = {
-        name: [check_count(seed, name, least=0) for seed in given]
-        for name, given in (("seeds", seeds), ("tune_seeds", tune_seeds))
+        name: [check_count(seed, name, least=0) for seed in values]
+        for name, values in given.items()
     }
     for name, given in checked.items():
         if not given or len(set(given)) < len(given):
@@ -97,6 +100,8 @@ def _grid(
     recipe: Recipe, tune: Mapping[str, Sequence[float]]
 ) -> dict[str, list[float]]:
     """Values to choose from, of both; one value where there is no choice."""
+    for name, values in tune.items():
+        _check_iterable(values, f"tune[{name!r}]", "[0.01, 0.1]")
     grid = {
         name: [float(value) for value in tune[name]]
         if name in tune
@@ -104,8 +109,18 @@ def _grid(
         for name in TUNED
     }
     for name, values in grid.items():
-        if not values or not all(math.isfinite(v) and v >= 0 for v in values):
+        least = "above 0" if name == "lr" else "at least 0"
+        known = all(math.isfinite(v) and v >= 0 for v in values)
+        if name == "lr":
+            known = known and 0 not in values
+        if not values or not known or len(set(values)) < len(values):
             raise ValueError(
-                f"tune[{name!r}] is {values}, expected one or more numbers, at least 0."
+                f"tune[{name!r}] is {values}, expected one or more numbers {least}, "
+                "each once."
             )
     return grid
+
+
+def _check_iterable(values: object, name: str, example: str) -> None:
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise TypeError(f"{name} is {values!r}, expected a list, such as {example}.")

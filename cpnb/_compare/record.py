@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 import os
 from dataclasses import dataclass, field, fields
 from itertools import product
@@ -155,7 +156,36 @@ class Record:
                 f"{os.fspath(path)} has the fields {sorted(read)}, expected "
                 f"{sorted(expected)}. Move it away and compare again."
             )
-        return cls(**read)
+        try:
+            record = cls(**read)
+            _check(record)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{os.fspath(path)} is damaged ({type(error).__name__}: {error}). Move "
+                "it away and compare again."
+            ) from error
+        return record
+
+
+def _check(record: Record) -> None:
+    """Raise some error unless a record holds what its methods and tables read."""
+    if not isinstance(record.recipe["name"], str) or "source" not in record.data:
+        raise TypeError("its recipe has no name, or its data no source")
+    seeds = [*record.plan["seeds"], *record.plan["tune_seeds"]]
+    numbers = [value for name in TUNED for value in record.plan["tune"][name]]
+    for cell in record.cells:
+        run = _run(record.name, cell)
+        seeds.append(cell["seed"])
+        numbers += [cell[name] for name in (*TUNED, "together", "start_seconds")]
+        numbers += [value for epoch in run.history for value in epoch.values()]
+        if run.status == "finished":
+            numbers.append(run.history[-1]["validation_accuracy"])
+            if cell["phase"] == "test":
+                numbers.append(cell["test_accuracy"])
+    for value in seeds:
+        operator.index(value)
+    if not all(isinstance(value, int | float) for value in numbers):
+        raise TypeError("a number is missing or of another type")
 
 
 def key(cell: dict[str, Any]) -> Cell:

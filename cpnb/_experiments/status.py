@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from cpnb._compare.plan import planned
 from cpnb._compare.table import percent
 from cpnb._experiments.definitions import Experiment
 from cpnb.comparison import Comparison
@@ -31,8 +32,27 @@ def text_of_records(
     return "\n".join(lines) + "\n"
 
 
+def _against(experiment: Experiment, found: Comparison) -> tuple[list[str], list[str]]:
+    """Recipes with cells to run, and those recorded as they are not defined now."""
+    missing, strange = [], []
+    for plan in planned(
+        *(experiment.recipes, experiment.data),
+        *(experiment.seeds, experiment.tune, experiment.tune_seeds),
+    ):
+        record = found.records.get(plan.name)
+        if record is None or not record.is_complete:
+            missing.append(plan.name)
+        if record is not None and (
+            (record.recipe, record.plan) != (plan.recipe, plan.plan)
+            or record.data["source"] != plan.data["source"]
+        ):
+            strange.append(plan.name)
+    return missing, strange
+
+
 def _status(experiment: Experiment, found: Comparison) -> list[str]:
     """Lines about one comparison: provenance, then a table of the tested networks."""
+    missing, strange = _against(experiment, found)
     records = list(found.records.values())
     cells = [cell for record in records for cell in record.cells]
     places = [cell["provenance"] for cell in cells]
@@ -47,13 +67,10 @@ def _status(experiment: Experiment, found: Comparison) -> list[str]:
         ", ".join(sorted({str(place["versions"][name]) for place in places}))
         for name in ("cpnb", "torch", "python")
     ]
-    missing = [
-        recipe.name
-        for recipe in experiment.recipes
-        if recipe.name not in found.records
-        or not found.records[recipe.name].is_complete
-    ]
     state = f"**outstanding**: {', '.join(missing)}" if missing else "complete"
+    if strange:
+        names = ", ".join(strange)
+        state += f"; **made with another recipe, plan or data than now**: {names}"
     remarks = sorted({place["remark"] for place in places if "remark" in place})
     lines = [
         f"- {state}; {len(cells)} cells, {minutes:.0f} minutes of training in all",
