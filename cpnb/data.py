@@ -102,7 +102,8 @@ def load_data(
     if name == "digits":
         parts = [_read_digits()]
     else:
-        parts = _READERS[name](find_folder(name), source.files)
+        folder = find_folder(name)
+        parts = _READERS[name](folder, source.files)
     pixels, labels = parts[0]
     shares = (_VALIDATION_SHARE,) if len(parts) > 1 else _HELD_OUT_SHARES
     train, *held_out = _stratified_split(labels, seed, shares)
@@ -116,6 +117,11 @@ def load_data(
         train = train[:train_size]
     pairs = [(pixels[i], labels[i]) for i in (train, *held_out)] + parts[1:]
     statistics = channel_statistics(pairs[0][0])
+    if not min(statistics[1]) > 0:
+        raise ValueError(
+            f"{folder / source.files[0]} holds training images with a channel of one "
+            "value only, expected pictures. Download the file again."
+        )
     splits = (Split(*pair, *statistics) for pair in pairs)
     return Dataset(name, *splits, source.classes, source.licence, seed).to(device)
 

@@ -217,3 +217,16 @@ def test_load_data_reads_the_real_files(name):
     mean, std = REAL[name]
     assert data.mean[0] / 255 == pytest.approx(mean, abs=1e-3)
     assert data.std[0] / 255 == pytest.approx(std, abs=1e-3)
+
+
+def test_load_data_names_a_file_whose_pictures_are_empty(idx_folder):
+    empty = np.zeros((60, 28, 28), np.uint8)
+    (idx_folder / FILES[0]).write_bytes(gzip.compress(idx_bytes(empty)))
+    with pytest.raises(ValueError, match=f"{FILES[0]} holds training images with a ch"):
+        load_data("mnist")
+
+
+def test_load_data_says_when_the_folder_is_of_a_user_that_there_is_not(monkeypatch):
+    monkeypatch.setenv("CPNB_DATA", "~no-such-user-here/x")
+    with pytest.raises(FileNotFoundError, match="CPNB_DATA is '~no-such-user-here/x'"):
+        load_data("mnist")

@@ -33,16 +33,17 @@ def find_folder(name: str) -> Path:
         ValueError: If a download has the wrong hash.
     """
     source = SOURCES[name]
-    root = os.environ.get("CPNB_DATA", "").strip()
+    # Not Path.expanduser, which gives up at a user that there is not.
+    root = os.path.expanduser(os.environ.get("CPNB_DATA", "").strip())
     if not root:
         found = "CPNB_DATA is not set"
-    elif not Path(root).expanduser().is_dir():
+    elif not Path(root).is_dir():
         raise FileNotFoundError(
             f"CPNB_DATA is {root!r}, expected an existing folder. {source.where()}"
         )
     else:
         for folder in source.folders:
-            if (path := Path(root).expanduser() / folder).is_dir():
+            if (path := Path(root) / folder).is_dir():
                 if missing := _missing(path, source.files):
                     raise FileNotFoundError(
                         f"{path / missing[0]} is missing. {source.where()}"
