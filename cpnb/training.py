@@ -106,10 +106,11 @@ def fit(
         vectorise: Whether several networks train in one graph. None does so on a GPU,
             if a trial step gives each network what it computes alone. On a CPU it pays
             for networks as small as those for the digits only.
-        checkpoint: File that keeps the state after each epoch. If it is there already,
-            the training goes on from it, or returns at once if it had ended. Networks
-            that train one after the other have a file each, with ``-0``, ``-1``, … in
-            their names.
+        checkpoint: File that keeps the state at the start and after each epoch. If it
+            is there already, the training goes on from it, or returns at once if it had
+            ended. What a layer remembers neither in a parameter nor in a buffer is not
+            kept. Networks that train one after the other have a file each, with ``-0``,
+            ``-1``, … in their names.
         callback: Called as ``callback(epoch, model, record)`` after each epoch, of each
             network. The checkpoint holds the epoch also if it raises.
         progress: Show a text progress bar with images per second.
@@ -122,7 +123,7 @@ def fit(
     Raises:
         TypeError: If an argument has the wrong type.
         ValueError: If an argument has an impossible value, or the checkpoint is of
-            another training. The model is unchanged.
+            another training or damaged. The models are unchanged.
     """
     models, seeds, rates = check_members(model, seed, seeds, lr)
     settings = Settings(

@@ -258,13 +258,15 @@ class LayoutProbe(nn.Module):
 
 @pytest.mark.parametrize("channels", [1, 2])
 @pytest.mark.parametrize("last", [True, False])
-def test_fit_stores_images_in_the_layout_asked_for_and_in_the_models_dtype(
-    channels, last
+@pytest.mark.parametrize("augment", [None, Augment(crop=1)], ids=["plain", "augmented"])
+def test_fit_gives_images_in_the_layout_asked_for_and_in_the_models_dtype(
+    channels, last, augment
 ):
     images = torch.randn(5, channels, 4, 4, generator=seeded(0))
     data = images, torch.tensor([0, 1, 2, 0, 1])
     model = LayoutProbe(channels)
-    fit(model, data, validation=data, epochs=1, batch_size=2, channels_last=last)
+    options = {"channels_last": last, "augment": augment, "batch_size": 2, **QUIET}
+    fit(model, data, validation=data, epochs=1, **options)
     strides = (1, 4 * channels, channels) if last else (16, 4, 1)
     assert {(stride, dtype) for stride, dtype, _ in model.seen} == {
         (strides, torch.float64)
@@ -397,8 +399,12 @@ class ViewNet(nn.Module):
         return self.fc(hidden.view(hidden.size(0), -1))
 
 
-def test_fit_trains_a_network_that_calls_view(digits):
-    run = fit(ViewNet(), digits, epochs=1, progress=False)
+@pytest.mark.parametrize("augment", [None, Augment(crop=1, flip=False)])
+@pytest.mark.parametrize("last", [True, False])
+def test_fit_trains_a_network_that_calls_view(digits, augment, last):
+    images, labels = digits.train
+    few = Split(images[:64], labels[:64], digits.mean, digits.std)
+    run = fit(ViewNet(), few, epochs=1, augment=augment, channels_last=last, **QUIET)
     assert run.status == "finished"
     assert run.recipe["channels_last"] is False
 
@@ -472,6 +478,20 @@ def test_fit_hooks_change_gradients_before_and_weights_after_the_step():
     assert torch.equal(model[0].weight, before[0].weight)
     assert not torch.equal(model[0].bias, before[0].bias)
     assert model[2].bias.tolist() == [2, 2, 2]
+
+
+class Narrowing(Augment):
+    """Returns images that the network has no weights for."""
+
+    def apply(self, images, draws):
+        return super().apply(images, draws)[..., 1:]
+
+
+def test_fit_tries_an_augmented_image_before_anything_starts(digits):
+    hook = Diary()
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        fit(LeNetLike(), digits, augment=Narrowing(crop=1), hooks=[hook], **QUIET)
+    assert hook.calls == []
 
 
 @pytest.mark.parametrize("ending", [KeyboardInterrupt(), ArithmeticError("here")])

@@ -1,6 +1,6 @@
 """Checkpoints: a resumed training is the training, whatever ended it."""
 
-import json
+import copy
 import os
 import re
 import signal
@@ -14,7 +14,9 @@ import torch
 from torch import nn
 
 import cpnb
+from cpnb._training import batches, checkpoint
 from cpnb.augmentation import Augment
+from cpnb.data import Split
 from cpnb.hooks import Hook
 from cpnb.training import fit
 
@@ -58,8 +60,8 @@ def train(path, model=None, data=None, **options):
     }
     model = network() if model is None else model
     data = (images(), LABELS) if data is None else data
-    held_out = images(1), LABELS
-    run = fit(model, data, validation=held_out, checkpoint=path, **settings)
+    settings.setdefault("validation", (images(1), LABELS))
+    run = fit(model, data, checkpoint=path, **settings)
     return model, run
 
 
@@ -107,7 +109,7 @@ def test_resumed_training_equals_an_uninterrupted_one(
     path = tmp_path / "state.pt"
     with pytest.raises(ArithmeticError):
         train(path, hooks=[Ending(at, ArithmeticError())], **settings)
-    assert path.exists() == (at >= 4)
+    assert torch.load(path, weights_only=True)["epoch"] == at // 4
     hook, model, torch_state = Ending(), network(), torch.get_rng_state()
     _, run = train(path, model, hooks=[hook], **settings)
     assert hook.steps == 16
@@ -119,14 +121,78 @@ def test_resumed_training_equals_an_uninterrupted_one(
     assert run.provenance.get("resumed_after", []) == resumed
 
 
-def test_interrupted_training_goes_on_with_the_same_model(tmp_path):
-    path, model = tmp_path / "state.pt", network()
-    hooks = [Ending(9, KeyboardInterrupt())]
-    assert train(path, model, hooks=hooks)[1].status == "interrupted"
-    _, run = train(path, model, hooks=[Ending()])
-    whole, expected = train(None, hooks=[Ending()])
+SETTINGS = [{}, {"optimizer": "adam"}, {"amp": "float16", "schedule": None}]
+
+
+@pytest.mark.parametrize("at", [2, 9])
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_interrupted_training_goes_on_with_the_same_model(settings, at, tmp_path):
+    path, model, start = tmp_path / "state.pt", network(), network()
+    for _ in range(2):
+        hooks = [Ending(at, KeyboardInterrupt())]
+        assert train(path, model, hooks=hooks, **settings)[1].status == "interrupted"
+        assert not same_state(model, start)
+    _, run = train(path, model, hooks=[Ending()], **settings)
+    whole, expected = train(None, hooks=[Ending()], **settings)
     assert curve(run) == curve(expected)
     assert same_state(model, whole)
+    assert run.provenance.get("resumed_after") == (None if at < 4 else [2])
+
+
+class Stopping(Hook):
+    """Ctrl-C in one step."""
+
+    def __init__(self, at=None):
+        self.at = at
+
+    def before_step(self, model, optimizer, step):
+        if step == self.at:
+            raise KeyboardInterrupt
+
+
+class Standardizing(nn.Module):
+    """Takes its shift and scale from the first batch that it is trained on."""
+
+    def __init__(self):
+        super().__init__()
+        self.shift, self.scale = (nn.Parameter(torch.zeros(72)) for _ in range(2))
+        self.register_buffer("started", torch.tensor(False))
+
+    @torch.no_grad()
+    def start(self, rows):
+        self.shift.copy_(rows.mean(0))
+        self.scale.copy_(1 / rows.std(0))
+        self.started.fill_(True)
+
+    def forward(self, rows):
+        if self.training and not self.started:
+            self.start(rows)
+        return (rows - self.shift) * self.scale
+
+
+@pytest.mark.parametrize("again", [True, False], ids=["same model", "fresh model"])
+def test_training_of_a_network_that_starts_late_goes_on(again, tmp_path):
+    def late():
+        return nn.Sequential(nn.Flatten(), Standardizing(), nn.LazyLinear(3))
+
+    path, model = tmp_path / "state.pt", late()
+    assert train(path, model, hooks=[Stopping(2)])[1].status == "interrupted"
+    assert model[1].started
+    model, run = train(path, model if again else late(), hooks=[Stopping()])
+    whole, expected = train(None, late(), hooks=[Stopping()])
+    assert curve(run) == curve(expected)
+    assert same_state(model, whole)
+
+
+def test_interrupted_before_the_first_step_leaves_the_model(tmp_path, monkeypatch):
+    def interrupt(state, file):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", interrupt)
+    model, run = train(tmp_path / "state.pt")
+    assert (run.status, run.history) == ("interrupted", [])
+    assert same_state(model, network())
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ArithmeticError])
@@ -236,18 +302,94 @@ def test_crash_while_writing_leaves_the_state_of_the_epoch_before(
         ({"hooks": [Ending()]}, "hooks was [], now it is ['Ending()']"),
         ({"model": network(hidden=9)}, "trained_parameters was 625, now it is 693"),
         ({"model": nn.Sequential(*network(), nn.ReLU())}, "hash of the modules was "),
+        ({"model": network().double()}, "dtype of 0.scale was torch.float32, now"),
         ({"data": (images(2), LABELS)}, "hash of the training data was "),
+        ({"data": (images(), 2 - LABELS)}, "hash of the training data was "),
+        ({"validation": (images(2), LABELS)}, "hash of the validation data was "),
+        ({"validation": (images(1), 2 - LABELS)}, "hash of the validation data was "),
     ],
 )
 def test_checkpoint_of_another_training_is_refused(change, text, tmp_path):
     path = tmp_path / "state.pt"
     train(path)
     model = change.get("model", network())
-    before = {name: value.clone() for name, value in model.state_dict().items()}
+    before = copy.deepcopy(model)
     with pytest.raises(ValueError, match=re.escape(text)) as error:
         train(path, **{"model": model, **change})
     assert "Delete it, or give this training another path" in str(error.value)
-    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert same_state(model, before)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"), [("mean", (9.0, 10.0)), ("std", (5.0, 7.0))]
+)
+def test_checkpoint_of_pixels_standardised_otherwise_is_refused(name, values, tmp_path):
+    pixels = (images() * 50).to(torch.uint8)
+    statistics = {"mean": (9.0, 9.0), "std": (5.0, 5.0)}
+    train(tmp_path / "state.pt", data=Split(pixels, LABELS, **statistics))
+    other = Split(pixels, LABELS, **{**statistics, name: values})
+    before, now = map(list, (statistics[name], values))
+    text = f"{name} of the training data was {before}, now it is {now}"
+    with pytest.raises(ValueError, match=re.escape(text)):
+        train(tmp_path / "state.pt", data=other)
+
+
+def own(kind=torch.optim.SGD, lr=0.05, **settings):
+    return lambda parameters: kind(parameters, lr=lr, **settings)
+
+
+class Descent(torch.optim.SGD):
+    """The optimizer of another library, to tell by its place only."""
+
+
+Descent.__name__ = "SGD"
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "text"),
+    [
+        (own(), own(momentum=0.9), "momentum of optimizer group 0 was 0, now it is"),
+        (own(weight_decay=0.1), own(), "weight_decay of optimizer group 0 was 0.1, n"),
+        (
+            own(torch.optim.Adam),
+            own(torch.optim.Adam, betas=(0.5, 0.9)),
+            "betas of optimizer group 0 was [0.9, 0.999], now it is [0.5, 0.9]",
+        ),
+        (
+            own(),
+            lambda ps: torch.optim.SGD([{"params": ps[1:]}, {"params": ps[:1]}], 0.05),
+            "params of optimizer group 0 was ['0.scale', '0.lam', ",
+        ),
+        (
+            lambda ps: torch.optim.SGD(
+                [{"params": ps[1:]}, {"params": ps[:1], "lr": torch.tensor(0.5)}], 0.05
+            ),
+            lambda ps: torch.optim.SGD([{"params": ps[1:]}, {"params": ps[:1]}], 0.05),
+            "lr of optimizer group 1 was 0.5, now it is 0.05",
+        ),
+        (own(), own(Descent), "optimizer class was torch.optim.sgd.SGD, now it is tes"),
+    ],
+)
+def test_checkpoint_of_a_function_that_makes_another_optimizer_is_refused(
+    first, second, text, tmp_path
+):
+    path = tmp_path / "state.pt"
+    settings = {"schedule": "one-cycle", "epochs": 2}
+    _, run = train(path, optimizer=first, **settings)
+    assert train(path, optimizer=first, **settings)[1] == run
+    with pytest.raises(ValueError, match=re.escape(text)):
+        train(path, optimizer=second, **settings)
+
+
+def test_data_are_hashed_once_for_all_networks(tmp_path, monkeypatch):
+    hashed, digest = [], batches._digest
+    monkeypatch.setattr(
+        batches, "_digest", lambda *data: hashed.append(data) or digest(*data)
+    )
+    train(tmp_path / "state.pt", [network(), network()], seeds=[0, 1], epochs=1)
+    assert len(hashed) == 2, "training and validation data"
+    train(None, [network(), network()], seeds=[0, 1], epochs=1)
+    assert len(hashed) == 2, "nothing without a checkpoint"
 
 
 def test_checkpoint_leaves_on_the_cpu_what_was_there(tmp_path, monkeypatch):
@@ -286,18 +428,93 @@ def test_resumed_adam_counts_its_steps_on_the_cpu(tmp_path):
     assert {device.type for device in found} == {"cpu"}
 
 
-@pytest.mark.parametrize("content", ["half", "empty", "text", "other", "weights"])
-def test_damaged_checkpoint_is_refused(content, tmp_path):
+def flipped(whole, place):
+    damaged = bytearray(whole)
+    damaged[place] ^= 4
+    return bytes(damaged)
+
+
+def stop_after_two(epoch, model, record):
+    if epoch == 2:
+        raise KeyboardInterrupt
+
+
+class Starting(Hook):
+    """Changes the model before the first step."""
+
+    @torch.no_grad()
+    def start(self, model, optimizer):
+        model[-1].bias.add_(1)
+
+
+def assert_damaged(path):
+    model = network()
+    with pytest.raises(
+        ValueError, match=r"checkpoint .*state\.pt cannot be read: dama"
+    ):
+        train(path, model, hooks=[Starting()])
+    assert same_state(model, network())
+
+
+def test_damaged_checkpoint_is_refused_and_the_model_stays(tmp_path):
     path = tmp_path / "state.pt"
-    train(path)
-    if content == "half":
-        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    elif content in ("empty", "text"):
-        path.write_text("" if content == "empty" else json.dumps({"a": 1}))
-    else:
-        torch.save(nn.Linear(2, 2) if content == "other" else {"a": 1}, path)
-    with pytest.raises(ValueError, match=r"checkpoint .*state\.pt .* Delete it to"):
+    model, _ = train(path, callback=stop_after_two, hooks=[Starting()])
+    whole = path.read_bytes()
+    weights = model[-1].weight.detach().numpy().tobytes()
+    places = {
+        "records": whole.index(b'"history"'),
+        "weights": whole.index(weights) + 3,
+        "a name": whole.index(b"5.weight"),
+        "checksum": len(whole) - 1,
+    }
+    damaged = {what: flipped(whole, place) for what, place in places.items()}
+    damaged |= {f"at {n}": flipped(whole, n) for n in range(0, len(whole), 2003)}
+    damaged |= {f"first {n}": whole[:n] for n in (0, 20, len(whole) // 2)}
+    damaged |= {"longer": whole + b"0", "text": b'{"a": 1}', "old": whole[:-32]}
+    for what, content in damaged.items():
+        path.write_bytes(content)
+        assert content != whole, what
+        assert_damaged(path)
+    path.write_bytes(whole)
+    assert train(path, hooks=[Starting()])[1].provenance["resumed_after"] == [2]
+
+
+@pytest.mark.parametrize("name", ["networks", "optimizer", "chance", "runs", "epoch"])
+def test_checkpoint_that_lacks_something_is_refused(name, tmp_path):
+    path = tmp_path / "state.pt"
+    train(path, callback=stop_after_two, hooks=[Starting()])
+    state = torch.load(path, weights_only=True)
+    del state[name]
+    torch.save(state, path)
+    assert_damaged(path)
+
+
+def test_checkpoint_of_another_version_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / "state.pt"
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_FORMAT", "cpnb training 9")
         train(path)
+    with pytest.raises(ValueError, match=r"has format 'cpnb training 9', expected 'cp"):
+        train(path)
+
+
+@pytest.mark.parametrize("fault", ["of another training: lr was", "cannot be read"])
+def test_fault_in_a_later_checkpoint_leaves_all_networks(fault, tmp_path):
+    path, seeds = tmp_path / "state.pt", [0, 1, 2]
+    train(path, [network() for _ in seeds], seeds=seeds, callback=stop_after_two)
+    train(path, [network() for _ in seeds], seeds=seeds, callback=stop_after_two)
+    second = tmp_path / "state-1.pt"
+    rates = [0.05, 0.05, 0.05]
+    if fault == "cannot be read":
+        second.write_bytes(flipped(second.read_bytes(), 3000))
+    else:
+        rates[1] = 0.06
+    files = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    models = [network() for _ in seeds]
+    with pytest.raises(ValueError, match=rf"checkpoint .*state-1\.pt .*{fault}"):
+        train(path, models, seeds=seeds, lr=rates)
+    assert all(same_state(model, network()) for model in models)
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == files
 
 
 def test_checkpoint_in_a_missing_folder_is_refused(tmp_path):

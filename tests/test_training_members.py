@@ -10,6 +10,7 @@ from torch.nn.utils import parametrizations
 from torch.testing import assert_close
 
 import cpnb
+from cpnb._training.steps import Step
 from cpnb.augmentation import Augment
 from cpnb.data import Split
 from cpnb.evaluation import evaluate
@@ -211,6 +212,30 @@ def test_networks_resume_to_the_same_curves(vectorise, tmp_path):
     fresh = [network(seed, 0.3) for seed in range(3)]
     with pytest.raises(ValueError, match=f"Set vectorise={vectorise} to go on from it"):
         train(fresh, checkpoint=path, **{**options, "vectorise": not vectorise})
+
+
+@pytest.mark.parametrize("vectorise", [True, False])
+def test_the_same_networks_go_on_from_the_first_epoch(vectorise, tmp_path):
+    models, whole = ([network(seed, 0.3) for seed in range(2)] for _ in range(2))
+    options = {"vectorise": vectorise, "optimizer": "adam", "lr": 0.01}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Step, "__call__", interrupted_at(2))
+        runs = train(models, checkpoint=tmp_path / "state.pt", **options)
+    assert [(run.status, run.history) for run in runs] == [("interrupted", [])] * 2
+    assert not torch.equal(models[0][10].bias, whole[0][10].bias)
+    runs = train(models, checkpoint=tmp_path / "state.pt", **options)
+    assert_same(models, whole, runs, train(whole, **options))
+
+
+def interrupted_at(step, call=Step.__call__):
+    """The step that is given, but Ctrl-C comes in one of them."""
+
+    def interrupted(self, number, *inputs):
+        if number == step:
+            raise KeyboardInterrupt
+        call(self, number, *inputs)
+
+    return interrupted
 
 
 def test_networks_go_on_in_the_same_way_whatever_led_to_it(tmp_path):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -53,6 +55,19 @@ class Source:
         held_out = [] if self.validation is None else [len(self.validation[1])]
         return [len(self.labels), *held_out]
 
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What tells it from another source, in the types of JSON; hashed once."""
+        found: dict[str, Any] = {
+            "hash of the training data": _digest(self.images, self.labels)
+        }
+        if self.statistics is not None:
+            for name, values in zip(("mean", "std"), self.statistics, strict=True):
+                found[f"{name} of the training data"] = values.tolist()
+        if self.validation is not None:
+            found["hash of the validation data"] = _digest(*self.validation)
+        return found
+
     def batch(self, index: Tensor, changes: Tensor | None) -> Pair:
         """Images and labels of one step for each of m networks.
 
@@ -70,7 +85,8 @@ class Source:
             innermost = flat.movedim(1, -1).unflatten(0, index.shape)
             images = innermost.movedim(-1, 2)
             if not self.channels_last:
-                images = images.contiguous()
+                # contiguous() takes one channel innermost for contiguous already.
+                images = images.clone(memory_format=torch.contiguous_format)
         if self.statistics is not None:
             images = standardize(images, *self.statistics, self.dtype)
         return images, self.labels[index]
@@ -143,7 +159,9 @@ def _place(
 def _check_fit(model: nn.Module, source: Source) -> None:
     """Score one image of each kind, so that a misfit shows before anything changes."""
     index = source.labels.new_zeros((1, 1))
-    (image,), _ = replace(source, augment=None).batch(index, None)
+    # Augmented as in a step, though not at random: that may change the layout.
+    changes = None if source.augment is None else index.new_zeros((1, 1, 5))
+    (image,), _ = source.batch(index, changes)
     samples, largest = [image], int(source.labels.max())
     if source.validation is not None:
         images, labels = source.validation
@@ -153,3 +171,13 @@ def _check_fit(model: nn.Module, source: Source) -> None:
     with apart, evaluation_mode(model), torch.no_grad():
         for image in samples:
             check_scores(model(image), 1, largest)
+
+
+def _digest(*tensors: Tensor) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
+        # The bytes are viewed as integers because numpy has no bfloat16.
+        flat = tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(flat.numpy().data)
+    return digest.hexdigest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -14,18 +15,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cpnb._files import replacing
-from cpnb._training.networks import tensors_of
+from cpnb._training.identity import identity
 
 if TYPE_CHECKING:
     from cpnb._training.loop import Training
 
-_FORMAT = "cpnb training 1"
-# How several networks are trained, which the file's name tells, and why so.
-_NO_IDENTITY = {"members", "members_reason"}
+_FORMAT = "cpnb training 2"
+_CHECKSUM = hashlib.sha256().digest_size  # bytes at the end of the file
 
 
 class Checkpoint:
     """A file that holds all that the next epoch of a training depends on.
+
+    It is what `torch.save` writes, followed by the SHA-256 of that.
 
     Args:
         path: The file; its folder must exist.
@@ -39,7 +41,7 @@ class Checkpoint:
         self._path = Path(path)
         check_folder(self._path)
         self._training = training
-        self._identity = _identity(training)
+        self._identity = identity(training)
         self._parts = {
             "networks": training.networks,
             "optimizer": training.optimizer,
@@ -51,7 +53,7 @@ class Checkpoint:
             self._parts["schedule"] = training.schedule
 
     def save(self, epoch: int) -> None:
-        """Keep the state after an epoch in place of the one before."""
+        """Keep the state after an epoch, 0 at the start, in place of the one before."""
         state = {
             "format": _FORMAT,
             "identity": json.dumps(self._identity),
@@ -61,9 +63,22 @@ class Checkpoint:
         }
         with replacing(self._path) as partial:
             torch.save(state, partial)
+            with partial.open("r+b") as file:
+                checksum = hashlib.file_digest(file, "sha256").digest()
+                file.seek(0, os.SEEK_END)
+                file.write(checksum)
+
+    def check(self) -> None:
+        """Refuse a kept state as `restore` does, and change nothing.
+
+        Raises:
+            ValueError: If the file is damaged or of another training.
+        """
+        if self._path.exists():
+            self._read()
 
     def restore(self) -> int:
-        """Take up the kept state, if there is one.
+        """Take up the kept state; if there is none, keep that of the start.
 
         Returns:
             Number of completed epochs.
@@ -73,9 +88,9 @@ class Checkpoint:
                 changed then.
         """
         if not self._path.exists():
+            self.save(0)
             return 0
         state = self._read()
-        self._check(json.loads(state["identity"]))
         for name, part in self._parts.items():
             part.load_state_dict(state[name])
         epoch, epochs = state["epoch"], self._training.settings.epochs
@@ -84,18 +99,20 @@ class Checkpoint:
             run.status, run.history = earlier["status"], earlier["history"]
             if epoch == epochs or run.status == "diverged":
                 run.provenance = earlier["provenance"]
-            else:
+            elif epoch > 0:
                 past = earlier["provenance"].get("resumed_after", [])
                 run.provenance["resumed_after"] = [*past, epoch]
         return epoch
 
     def _read(self) -> dict[str, Any]:
+        """The kept state, once it is known to be whole and of this training."""
         try:
-            state = torch.load(self._path, map_location=self._place, weights_only=True)
+            content = self._verified()
+            state = torch.load(content, map_location=self._place, weights_only=True)
         except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
             raise ValueError(
-                f"checkpoint {self._path} cannot be read: damaged, or no checkpoint. "
-                "Delete it to start from the first epoch."
+                f"checkpoint {self._path} cannot be read: damaged, of another version, "
+                "or no checkpoint. Delete it to start from the first epoch."
             ) from error
         found = state.get("format") if isinstance(state, dict) else None
         if found != _FORMAT:
@@ -103,7 +120,17 @@ class Checkpoint:
                 f"checkpoint {self._path} has format {found!r}, expected {_FORMAT!r}. "
                 "Delete it to start from the first epoch."
             )
+        self._compare(json.loads(state["identity"]))
         return state
+
+    def _verified(self) -> io.BytesIO:
+        """What `torch.save` wrote, as the checksum after it says."""
+        whole = self._path.read_bytes()
+        content, kept = whole[:-_CHECKSUM], whole[-_CHECKSUM:]
+        expected = hashlib.sha256(content).digest()
+        if kept != expected:
+            raise EOFError(f"checksum is {kept.hex()}, expected {expected.hex()}.")
+        return io.BytesIO(content)
 
     def _place(self, storage: torch.UntypedStorage, was: str) -> torch.UntypedStorage:
         """What was on a device to that of the training, the rest stays on the CPU."""
@@ -112,11 +139,10 @@ class Checkpoint:
             return storage
         return storage.to(device=self._training.source.labels.device)
 
-    def _check(self, kept: Mapping[str, Any]) -> None:
+    def _compare(self, kept: Mapping[str, Any]) -> None:
         """Refuse the state of another training; name the first difference."""
-        ours = json.loads(json.dumps(self._identity))
-        for name in dict.fromkeys([*kept, *ours]):
-            was, now = kept.get(name), ours.get(name)
+        for name in dict.fromkeys([*kept, *self._identity]):
+            was, now = kept.get(name), self._identity.get(name)
             if was != now:
                 raise ValueError(
                     f"checkpoint {self._path} is of another training: {name} was "
@@ -132,24 +158,3 @@ def check_folder(path: Path) -> None:
             f"checkpoint is {str(path)!r}, expected an existing folder. Create "
             f"{path.parent} first."
         )
-
-
-def _identity(training: Training) -> dict[str, Any]:
-    """What tells one training from another, in the types of JSON."""
-    recipes = [run.recipe for run in training.runs]
-    identity = {
-        name: [recipe[name] for recipe in recipes] if len(recipes) > 1 else value
-        for name, value in recipes[0].items()
-        if name not in _NO_IDENTITY
-    }
-    model, source = training.networks.models[0], training.source
-    for name, tensor in tensors_of(model).items():
-        identity[f"shape of {name}"] = str(tuple(tensor.shape))
-    identity["hash of the modules"] = hashlib.sha256(str(model).encode()).hexdigest()
-    digest = hashlib.sha256()
-    for tensor in (source.images, source.labels):
-        # The bytes are viewed as integers because numpy has no bfloat16.
-        flat = tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
-        digest.update(flat.numpy().data)
-    identity["hash of the training data"] = digest.hexdigest()
-    return identity

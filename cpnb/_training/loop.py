@@ -11,6 +11,7 @@ import torch
 
 from cpnb._training.batches import Source, batch_slices
 from cpnb._training.chance import Chance
+from cpnb._training.identity import optimizer_settings
 from cpnb._training.networks import Networks
 from cpnb._training.settings import Settings
 from cpnb._training.steps import CapturedStep, Step
@@ -59,7 +60,12 @@ class Training:
             settings.momentum,
             capturable=settings.cuda_graph,
         )
+        self.optimizer_settings: dict[str, Any] = {}
         if callable(settings.optimizer):
+            # Before a schedule changes a rate.
+            self.optimizer_settings = optimizer_settings(
+                self.optimizer, networks.models[0]
+            )
             rate = float(self.optimizer.param_groups[0]["lr"])
             runs[0].recipe.update(optimizer=type(self.optimizer).__name__, lr=rate)
         steps = settings.epochs * len(self.slices)
@@ -95,9 +101,9 @@ class Training:
         epochs, model = self.settings.epochs, self.networks.models[0]
         random = seeded(self.runs[0].recipe["seed"], self.source.labels.device)
         with random, running(self.hooks, model, self.optimizer):
-            done = checkpoint.restore() if checkpoint is not None else 0
-            bar.update(done * len(self.runs) * len(self.source.labels))
             try:
+                done = checkpoint.restore() if checkpoint is not None else 0
+                bar.update(done * len(self.runs) * len(self.source.labels))
                 for epoch in range(done + 1, epochs + 1):
                     if not any(self._active()):
                         break

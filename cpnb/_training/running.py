@@ -26,6 +26,11 @@ def run_all(
         trainings: What to run.
         checkpoint: File of the only training; several have one each, numbered.
         progress: Whether to show a bar.
+
+    Raises:
+        FileNotFoundError: If the folder of the checkpoint does not exist.
+        ValueError: If the checkpoint of any training is damaged, of another training,
+            or kept in the other way; no model has changed then.
     """
     models = [model for training in trainings for model in training.networks.models]
     runs = [run for training in trainings for run in training.runs]
@@ -35,6 +40,9 @@ def run_all(
         None if path is None else Checkpoint(path, training)
         for path, training in zip(paths, trainings, strict=True)
     ]
+    for state in kept:
+        if state is not None:
+            state.check()
     with _progress_bar(images, progress) as bar, preserved_flags(nn.ModuleList(models)):
         for n, training in enumerate(trainings):
             if any(run.status == "interrupted" for run in runs):
