@@ -133,7 +133,7 @@ def evaluate(
         for batch, target in zip(
             images.split(batch_size), labels.split(batch_size), strict=True
         ):
-            # A copy: a network may change what it is given.
+            # In a copy, as a network may change what it is given.
             batch = batch.to(device, copy=True)
             if isinstance(given, Split):
                 batch = standardize(batch, given.mean, given.std, dtype)

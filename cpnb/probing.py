@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cpnb._components import Components
 from cpnb._data.splits import Split
 from cpnb._sweep.memory import MIB, PeakMemory
 from cpnb.base import CPLayer
-from cpnb.conv import CPConv1d, CPConv2d, CPConv3d
 from cpnb.evaluation import (
     check_scores,
     evaluation_mode,
@@ -22,9 +22,6 @@ from cpnb.evaluation import (
     placement,
     split_or_pair,
 )
-from cpnb.execution import pad_factors
-from cpnb.linear import CPLinear
-from cpnb.refit import finite_components
 
 IMAGES, _BATCH = 1000, 64
 """Training images of a data set that are looked at, and the most at once."""
@@ -71,7 +68,7 @@ def probe(
 
     images, labels = calibration_images(data)
     device, dtype = placement(model, images)
-    parts = {name: _Components(name, layer) for name, layer in layers.items()}
+    parts = {name: Components(name, layer) for name, layer in layers.items()}
     totals, largest = dict.fromkeys(layers, 0), int(labels.max())
 
     def look(rows: slice) -> list[tuple[str, Tensor]]:
@@ -119,7 +116,7 @@ def output_gram(layer: CPLayer, inputs: Tensor) -> Tensor:
     Raises:
         TypeError: If the layer is of another kind.
     """
-    part = _Components("", layer)
+    part = Components("", layer)
     return part.overlap(part.outputs(inputs.detach())) / len(inputs)
 
 
@@ -128,64 +125,9 @@ def received(args: Sequence[Tensor], kwargs: Mapping[str, Tensor]) -> Tensor:
     return (*args, *kwargs.values())[0]
 
 
-class _Components:
-    """The components of one layer, and what goes forward and back through them."""
-
-    def __init__(self, name: str, layer: CPLayer) -> None:
-        kinds = (CPConv1d, CPConv2d, CPConv3d, CPLinear)
-        if not isinstance(layer, kinds):
-            names = ", ".join(kind.__name__ for kind in kinds)
-            raise TypeError(
-                f"layer {name!r} is a {type(layer).__name__}, expected one of {names} "
-                "to look into its components."
-            )
-        self._layer = layer
-        lam, units = finite_components(layer)
-        self._lam, dtype = lam, layer.lam.dtype
-        factors = pad_factors(lam, units, layer.kernel_shape)
-        self._factors = [factor.to(dtype) for factor in factors]
-        # (groups, out / groups, rank)
-        self._mix = self._factors[0].unflatten(0, (layer.groups, -1))
-
-    def outputs(self, inputs: Tensor) -> Tensor:
-        """Of each component, not mixed. Shape ``(batch, groups, rank, positions)``."""
-        if isinstance(self._layer, CPLinear):
-            hidden = inputs.flatten(1, -2) if inputs.ndim > 2 else inputs[:, None]
-            return (hidden @ self._factors[1]).transpose(1, 2)[:, None]
-        return self._layer.branches(inputs, self._factors[1:]).flatten(3)
-
-    def contributions(self, outputs: Tensor, gradient: Tensor) -> Tensor:
-        """λ_r ∂/∂λ_r for each image. Shape ``(batch, rank)``."""
-        if isinstance(self._layer, CPLinear):
-            rows = gradient.flatten(1, -2) if gradient.ndim > 2 else gradient[:, None]
-            channels = rows.transpose(1, 2)[:, None]
-        else:
-            channels = gradient.flatten(2).unflatten(1, (self._layer.groups, -1))
-        back = self._mix.transpose(1, 2) @ channels
-        return self._lam * (back * outputs).sum((1, 3)).double()
-
-    def energies(self, outputs: Tensor) -> Tensor:
-        """Squared norms of what each component adds, summed. Shape ``(rank,)``."""
-        squares = outputs.double().square().sum(
-            (0, 3)
-        ) * self._mix.double().square().sum(1)
-        return self._lam.square() * squares.sum(0)
-
-    def overlap(self, outputs: Tensor) -> Tensor:
-        """Inner products of what unit components add, summed. ``(rank, rank)``."""
-        rows = outputs.double().permute(1, 2, 0, 3).flatten(2)
-        mix = self._mix.double()
-        return ((rows @ rows.transpose(1, 2)) * (mix.transpose(1, 2) @ mix)).sum(0)
-
-    def zero(self, what: str) -> Tensor:
-        """What a layer gets that is not used."""
-        zeros = torch.zeros_like(self._lam)
-        return torch.outer(zeros, zeros) if what == "output" else zeros
-
-
 def _measured(
     what: str,
-    parts: Mapping[str, _Components],
+    parts: Mapping[str, Components],
     calls: list[_Call],
     scores: Tensor,
     target: Tensor,
@@ -216,7 +158,7 @@ def _measured(
 
 
 def _by_layer(
-    parts: Mapping[str, _Components],
+    parts: Mapping[str, Components],
     calls: list[_Call],
     outputs: list[Tensor],
     value: Tensor,

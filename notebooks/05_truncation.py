@@ -417,11 +417,11 @@ for place in PLACES:
     print(f"  {place:>9}: key {span:5.1f}, refit on the outputs {added:+5.1f}")
 
 # %% [markdown]
-# **What to see:** no key wins everywhere, and where one comes first it is often not told
-# apart from the second. Greedy, which looks at the kernel alone, is the one to begin
-# with: with the second order (`"hessian"`) it is ahead of chance most often, it comes
-# first at half of all components, and it wins in `fc1`, as long as λ is not refit on
-# the outputs. In the two convolutions a key that knows the loss comes first.
+# **What to see:** no key wins everywhere, and where one comes first it is often not
+# told apart from the second. Greedy, which looks at the kernel alone, is the one to
+# begin with: with the second order (`"hessian"`) it is ahead of chance most often, it
+# comes first at half of all components, and it wins in `fc1`, as long as λ is not refit
+# on the outputs. In the two convolutions a key that knows the loss comes first.
 # $|\lambda|$ beats chance in few places: plain training leaves it little to say.
 # Everywhere the choice of the key moves more than the refit.
 #
