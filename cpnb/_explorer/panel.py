@@ -95,6 +95,11 @@ class Panel:
         self.position.set_xdata([x, x])
         set_points(self.marker, [] if y is None else [(x, y)])
 
+    def draw(self) -> None:
+        """Draw all that moves on top of the kept pixels."""
+        for artist in (self.position, *self.lines, self.marker, self.title):
+            self.axes.draw_artist(artist)
+
     def draw_curves(self) -> None:
         """Draw what changes with what is known, on top of the kept pixels."""
         for line in self.lines:
