@@ -16,7 +16,7 @@
 # **You need** `02_canonical_weight_normalization`; `03_initialization` explains the
 # starts.
 #
-# **Time, measured on two CPU cores:** 1.1 minutes; fast mode 0.4.
+# **Time, measured on two CPU cores:** 1.2 minutes; fast mode 0.4.
 
 # %%
 import math
@@ -513,7 +513,8 @@ for paragraph in answer():
 #
 # - *The full size*: ten seeds, all images, CIFAR-10 and SVHN with AlexNet, CIFAR-100
 #   with a ResNet. These experiments are defined (`python -m cpnb.experiments list`) and
-#   outstanding; they want a GPU.
+#   outstanding; they want a GPU. Of SVHN there is a sample, `svhn-alexnet-sample-cpu`
+#   in the explorer above: 651 images are too few to train an AlexNet on.
 # - *Momentum, schedules, weight decay*: the authors' code uses none, so neither do we.
 # - *Options of the methods*: each has its defaults here, see `cpnb.normalize`.
 #
