@@ -11,8 +11,11 @@ from torch import nn
 import cpnb
 from cpnb._sweep.graph import NetworkGraph, Profile
 from cpnb._sweep.memory import MIB, peak_of
+from cpnb._sweep.meter import RankMeter
 from cpnb._sweep.points import GLOBAL
 from cpnb._sweep.route import fan_route
+from cpnb._sweep.sizes import fitting_sizes
+from cpnb._sweep.sweeper import Sweeper
 from cpnb.layers import CPConv1d, CPConv2d, CPConv3d, CPLinear
 
 
@@ -537,3 +540,24 @@ def test_rank_sweep_refuses_scores_of_another_shape_as_evaluate_does(images, wro
     net.register_forward_hook(lambda net, args, scores: wrong(scores))
     with pytest.raises(ValueError, match=r"model returned scores of shape .*one row"):
         cpnb.rank_sweep(net, data, progress=False)
+
+
+def test_sizes_do_not_count_what_a_network_makes_at_its_first_use(images):
+    def late(net, x):
+        return net.late(net.layer(x).flatten(1)).relu()
+
+    def build():
+        layers = {
+            "layer": conv(4, 6, 3, padding=1),
+            "late": CPLinear(384, 900, rank=300),
+        }
+        return Net(late, **layers)
+
+    net = made(build, images)
+    memory = 24 * MIB  # of which the kernel of the last layer takes a part
+    sweeper = Sweeper(RankMeter(net, labelled(net, images)), memory)
+    points = [{"layer": rank, "late": 300} for rank in (1, 3, 6)]
+    evaluation, first = sweeper._evaluation("layer", points)
+    layers = [net.layer, net.late]
+    again = fitting_sizes(evaluation, points, images[:8], layers, memory, 1000)
+    assert first == again

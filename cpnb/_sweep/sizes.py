@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 
+import torch
 from torch import Tensor
 
 from cpnb._sweep.fan import ConvFan
@@ -91,6 +92,10 @@ def fitting_sizes(
     """
     segments = evaluation.route.segments(points)
     keep, point = evaluation.kept(segments), points[-1]
+    # What is made at the first use, as a kernel, belongs to the network.
+    with torch.no_grad():
+        for _ in evaluation.scores(images[:1], [[point]], Sizes(1, 1, 1)):
+            pass
 
     def share(images: Tensor) -> dict:
         values = evaluation.values(images)
