@@ -340,6 +340,7 @@ def test_fit_recipe_names_what_was_used():
         ({"schedule": "steps"}, ValueError, "schedule is 'steps', expected one of No"),
         ({"augment": True}, TypeError, "augment is True, expected a cpnb.Augment or"),
         ({"augment": Augment()}, ValueError, "images have shape (30, 6), expected (n"),
+        ({"amp": 1}, ValueError, "amp is 1, expected False, True, 'bfloat16"),
         ({"amp": "half"}, ValueError, "amp is 'half', expected False, True, 'bfloat16"),
         ({"cuda_graph": True}, ValueError, "cuda_graph is True with a cpu device, exp"),
         ({"callback": 1}, TypeError, "callback is a int, expected a function of epoch"),

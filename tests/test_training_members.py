@@ -416,6 +416,7 @@ def test_networks_train_in_one_graph_on_cuda(cuda_graph):
             ValueError,
             "seeds is None, expected one seed for each of",
         ),
+        (2, {"seeds": 2}, ValueError, "seeds is 2, expected one seed for each of"),
         (2, {"seeds": range(3)}, ValueError, "seeds is 3 long, expected one seed for"),
         (2, {"seeds": (0, -1)}, ValueError, "seeds[1] is -1, expected at least 0"),
         (2, {"lr": (0.1,)}, ValueError, "lr is 1 long, expected a number, or one for"),

@@ -57,8 +57,8 @@ def check_members(
                 f"model[{n}] is in the list twice, expected different modules. Use "
                 "copy.deepcopy."
             )
-    if seeds is None or len(seeds) != len(models):
-        got = "None" if seeds is None else f"{len(seeds)} long"
+    if not hasattr(seeds, "__len__") or len(seeds) != len(models):
+        got = f"{len(seeds)} long" if hasattr(seeds, "__len__") else repr(seeds)
         raise ValueError(
             f"seeds is {got}, expected one seed for each of the {len(models)} modules, "
             f"such as range({len(models)})."

@@ -45,7 +45,7 @@ class Settings:
             raise TypeError(
                 f"augment is {self.augment!r}, expected a cpnb.Augment or None."
             )
-        if self.amp not in (False, True, *PRECISIONS):
+        if not (isinstance(self.amp, bool) or self.amp in PRECISIONS):
             raise ValueError(
                 f"amp is {self.amp!r}, expected False, True, "
                 f"{' or '.join(map(repr, PRECISIONS))}."
