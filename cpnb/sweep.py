@@ -60,7 +60,8 @@ def rank_sweep(
         refit: Whether and how to re-solve λ after each cut, see :func:`truncate`.
         batch_size: Most images per forward pass.
         memory: MiB that the tensors of a forward pass may take, apart from the network
-            and the images. Less of it makes smaller batches, not other results.
+            and the images, or of a pass forward and back for a key on images. Less of
+            it makes smaller batches, not other results.
         generator: Of the random key; None draws the same order every time.
         progress: Whether to show a progress bar.
 

@@ -164,6 +164,9 @@ def test_description_tells_functions_of_one_name_apart():
     one, other = (lambda network: network), (lambda network: network.eval())
     assert describe(one) != describe(other)
     assert describe(one) == describe(one)
+    objects = [nn.ReLU(), nn.ReLU()]
+    first, again, second = (describe(scaled(objects[n])) for n in (0, 0, 1))
+    assert first == again != second
     assert describe(tiny) == "test_recipes.tiny"
     with pytest.raises(TypeError, match=r"value holds list\.append"):
         describe(partial([].append))
@@ -175,7 +178,7 @@ def test_description_of_a_script_changes_with_its_code(tmp_path):
         script.write_text(
             "from cpnb._compare.describe import describe\n"
             f"def own(network):\n    return {body}\n"
-            "class Made:\n    def __init__(self):\n"
+            "class Made:\n    def __init__(self):\n        super().__init__()\n"
             f"        self.kinds = {{'b', 'a', 'c'}} & {{{body!r}}}\n"
             "if __name__ == '__main__':\n    print(describe([own, Made]))\n"
         )

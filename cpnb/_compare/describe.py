@@ -11,6 +11,9 @@ from importlib import import_module
 from types import CodeType, FunctionType
 from typing import Any
 
+# Entries of a class that say where it stands, not what it does.
+_WHERE = {"__module__", "__firstlineno__"}
+
 
 def describe(value: Any, name: str = "value") -> Any:
     """Say what a value is, in the types of JSON.
@@ -23,8 +26,9 @@ def describe(value: Any, name: str = "value") -> Any:
     Returns:
         Equal results for equal values. Functions and classes by their names: public
         ones of cpnb stay the same when they move to another file, and those of a script
-        or notebook, a lambda or a function within another get a hash of their code, in
-        which numbers, strings and functions count that they take from around them.
+        or notebook, a lambda or a function within another get a hash of their code and
+        of what they take from around them. An object among that counts as itself: no
+        other process has an equal one.
 
     Raises:
         TypeError: If the value has no lasting description, as a method of an object.
@@ -75,13 +79,18 @@ def _name(function: Any, name: str) -> str:
     return f"{module}.{own}#{hashlib.sha256(repr(code).encode()).hexdigest()[:12]}"
 
 
-def _code(value: Any) -> Any:
+def _code(value: Any, within: tuple[Any, ...] = ()) -> Any:
     """What a function does, or those of a class, alike in every process."""
+    if any(value is outer for outer in within):  # as a class that calls super()
+        return value.__qualname__
+    inner = (*within, value)
     if isinstance(value, FunctionType):
-        enclosed = [_code(cell.cell_contents) for cell in value.__closure__ or ()]
-        return _code(value.__code__), _code(value.__defaults__), enclosed
+        cells = [cell.cell_contents for cell in value.__closure__ or ()]
+        taken = [_code(each, inner) or _object(each) for each in cells]
+        return _code(value.__code__), _code(value.__defaults__), taken
     if isinstance(value, type):
-        parts = [(name, _code(part)) for name, part in vars(value).items()]
+        parts = {k: v for k, v in vars(value).items() if k not in _WHERE}
+        parts = [(name, _code(part, inner)) for name, part in parts.items()]
         return [base.__qualname__ for base in value.__bases__], parts
     if isinstance(value, CodeType):
         return value.co_code, value.co_names, [_code(each) for each in value.co_consts]
@@ -89,5 +98,9 @@ def _code(value: Any) -> Any:
         return [_code(each) for each in value]
     if isinstance(value, frozenset):
         return sorted(map(repr, value))
-    # Not what may change later, as a list.
     return repr(value) if isinstance(value, str | bytes | int | float) else None
+
+
+def _object(value: Any) -> str:
+    """An object that may change, as itself: another process has no such."""
+    return "None" if value is None else f"{type(value).__qualname__} {id(value):x}"

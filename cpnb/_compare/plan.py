@@ -110,9 +110,7 @@ def _grid(
     }
     for name, values in grid.items():
         least = "above 0" if name == "lr" else "at least 0"
-        known = all(math.isfinite(v) and v >= 0 for v in values)
-        if name == "lr":
-            known = known and 0 not in values
+        known = all(0 < v < math.inf or (v == 0 and name != "lr") for v in values)
         if not values or not known or len(set(values)) < len(values):
             raise ValueError(
                 f"tune[{name!r}] is {values}, expected one or more numbers {least}, "
