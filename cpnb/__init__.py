@@ -1,224 +1,102 @@
-"""cpnb: train, truncate and explore canonical (CP-decomposed) neural networks.
+"""Canonical (CP-decomposed) neural networks: train one, slide its ranks, see the cost.
 
-Importing it loads torch and numpy only; what needs more loads it when first used.
+The first hour, by task:
+
+- a layer: `CPConv2d`, `CPLinear`; a whole network: `canonicalize`, `to_dense`
+- train and measure it: `load_data`, `DigitsNet`, `fit`, `accuracy`
+- cut it: `truncate`, `rank_sweep`, `RankExplorer`
+
+Where the rest is:
+
+- `cpnb.cp`, `cpnb.decompose`, `cpnb.initializers`: the mathematics on plain tensors
+- `cpnb.layers`, `cpnb.convert`, `cpnb.truncation`: layers, conversion, ranks, cuts
+- `cpnb.methods`: what canonical weight normalization is compared with, a file per paper
+- `cpnb.train`: data, networks, the training loop, comparisons
+- `cpnb.explore`: sweeps, allocation, reports, diagnostics, plots, widgets
+
+``import cpnb`` loads torch and numpy only; what needs more loads it when first used.
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from cpnb.allocation import RankAllocation, RankChoice, allocate_ranks
-from cpnb.als import als
-from cpnb.augmentation import Augment
-from cpnb.base import CPLayer
-from cpnb.bounded import bounded_als
-from cpnb.budgets import FlopRatio, ParameterRatio
-from cpnb.checkpoints import load_weights, save_model
-from cpnb.comparison import Comparison, compare
-from cpnb.conv import CPConv1d, CPConv2d, CPConv3d
-from cpnb.cp import (
-    canonical_gauge,
-    component_gram,
-    cp_norm,
-    cp_to_kernel,
-    khatri_rao,
-    normalize_columns,
-    relative_error,
-)
-from cpnb.data import Dataset, Split, load_data, standardize
-from cpnb.data_aware import data_aware, data_aware_als, input_covariance
-from cpnb.decay import param_groups
-from cpnb.decomposition import CPResult, DecompositionInfo, power_method
-from cpnb.diagnostics import (
-    Degeneracy,
-    DegeneracyReport,
-    HessianEigenvalue,
-    LossSlice,
-    SignalReport,
-    Spectrum,
-    SpectrumReport,
-    StepReport,
-    circular_lipschitz,
-    degeneracy,
-    degeneracy_report,
-    filter_directions,
-    gram_lipschitz,
-    loss_slice,
-    signal_report,
-    spectrum,
-    spectrum_report,
-    step_report,
-    top_hessian_eigenvalue,
-)
-from cpnb.evaluation import accuracy, evaluate
-from cpnb.factorization import factorize, first_and_last
-from cpnb.fine_tuning import TruncationStage, fine_tune, truncate_gradually
-from cpnb.frobenius import FrobeniusDecay, frobenius_decay
-from cpnb.hooks import Hook
-from cpnb.importance import component_order
-from cpnb.initializers import INITIALIZERS, gaussian, unified, uniform
-from cpnb.keys import KeyComparison, compare_keys
-from cpnb.linear import CPLinear
-from cpnb.lowrank import LowRankConv2d, LowRankLinear
-from cpnb.models import AlexNet, DigitsNet, LeNet
-from cpnb.nested import NestedRank
-from cpnb.normalizers import NORMALIZERS, Normalizer, normalize, remove_normalizer
-from cpnb.nuclear import FactorNorms, factor_norms
-from cpnb.probing import output_gram
-from cpnb.proximal import ProximalL1, nonzero_ranks
-from cpnb.ranks import break_even_rank, resolve_rank
-from cpnb.recipes import Recipe
-from cpnb.report import TruncationReport, truncation_report
-from cpnb.rescaling import Rescaling, RescalingReport, rescale_
-from cpnb.resnet import VGG, ResNet
-from cpnb.rules import EffectiveRank, EnergyRank, FitRank
-from cpnb.surgery import canonicalize, cp_layers, from_layer, to_dense
-from cpnb.sweep import RankSweep, rank_sweep
-from cpnb.tai import tai, tai_decompose
-from cpnb.training import Run, fast_mode, fit
-from cpnb.truncation import kept_rank, select_components, truncate
-from cpnb.unified import unified_variance
+from cpnb.convert import canonicalize, cp_layers, from_layer, to_dense
+from cpnb.cp import cp_to_kernel, relative_error
+from cpnb.decompose import als, power_method
+from cpnb.layers import CPConv1d, CPConv2d, CPConv3d, CPLinear
+from cpnb.truncation import truncate
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from cpnb import explore, methods, train
+    from cpnb.explore import (
+        RankExplorer,
+        RankSweep,
+        allocate_ranks,
+        rank_sweep,
+        truncation_report,
+    )
+    from cpnb.methods import NestedRank, degeneracy, factorize, normalize, rescale_
+    from cpnb.train import DigitsNet, LeNet, accuracy, compare, fit, load_data
 
-# Pictures and widgets bring matplotlib and ipywidgets with them: loaded when asked for.
-_LAZY = {
-    "CurveExplorer": lambda: import_module("cpnb._explorer.curves").CurveExplorer,
-    "DegeneracyExplorer": lambda: (
-        import_module("cpnb._explorer.degeneracy").DegeneracyExplorer
-    ),
-    "RankExplorer": lambda: import_module("cpnb.widgets").RankExplorer,
-    "ScaleExplorer": lambda: import_module("cpnb._explorer.scale").ScaleExplorer,
-    "plots": lambda: import_module("cpnb.plots"),
-}
+__version__ = "0.2.0"
 
 __all__ = [
-    "INITIALIZERS",
-    "NORMALIZERS",
-    "VGG",
-    "AlexNet",
-    "Augment",
-    "CPConv1d",
-    "CPConv2d",
-    "CPConv3d",
-    "CPLayer",
-    "CPLinear",
-    "CPResult",
-    "Comparison",
-    "CurveExplorer",
-    "Dataset",
-    "DecompositionInfo",
-    "Degeneracy",
-    "DegeneracyExplorer",
-    "DegeneracyReport",
-    "DigitsNet",
-    "EffectiveRank",
-    "EnergyRank",
-    "FactorNorms",
-    "FitRank",
-    "FlopRatio",
-    "FrobeniusDecay",
-    "HessianEigenvalue",
-    "Hook",
-    "KeyComparison",
-    "LeNet",
-    "LossSlice",
-    "LowRankConv2d",
-    "LowRankLinear",
-    "NestedRank",
-    "Normalizer",
-    "ParameterRatio",
-    "ProximalL1",
-    "RankAllocation",
-    "RankChoice",
-    "RankExplorer",
-    "RankSweep",
-    "Recipe",
-    "ResNet",
-    "Rescaling",
-    "RescalingReport",
-    "Run",
-    "ScaleExplorer",
-    "SignalReport",
-    "Spectrum",
-    "SpectrumReport",
-    "Split",
-    "StepReport",
-    "TruncationReport",
-    "TruncationStage",
-    "accuracy",
-    "allocate_ranks",
-    "als",
-    "bounded_als",
-    "break_even_rank",
-    "canonical_gauge",
-    "canonicalize",
-    "circular_lipschitz",
-    "compare",
-    "compare_keys",
-    "component_gram",
-    "component_order",
-    "cp_layers",
-    "cp_norm",
-    "cp_to_kernel",
-    "data_aware",
-    "data_aware_als",
-    "degeneracy",
-    "degeneracy_report",
-    "evaluate",
-    "factor_norms",
-    "factorize",
-    "fast_mode",
-    "filter_directions",
-    "fine_tune",
-    "first_and_last",
-    "fit",
-    "frobenius_decay",
-    "from_layer",
-    "gaussian",
-    "gram_lipschitz",
-    "input_covariance",
-    "kept_rank",
-    "khatri_rao",
-    "load_data",
-    "load_weights",
-    "loss_slice",
-    "nonzero_ranks",
-    "normalize",
-    "normalize_columns",
-    "output_gram",
-    "param_groups",
-    "plots",
-    "power_method",
-    "rank_sweep",
-    "relative_error",
-    "remove_normalizer",
-    "rescale_",
-    "resolve_rank",
-    "save_model",
-    "select_components",
-    "signal_report",
-    "spectrum",
-    "spectrum_report",
-    "standardize",
-    "step_report",
-    "tai",
-    "tai_decompose",
-    "to_dense",
-    "top_hessian_eigenvalue",
-    "truncate",
+    "CPConv1d", "CPConv2d", "CPConv3d", "CPLinear", "DigitsNet", "LeNet", "NestedRank",
+    "RankExplorer", "RankSweep", "accuracy", "allocate_ranks", "als", "canonicalize",
+    "compare", "cp_layers", "cp_to_kernel", "degeneracy", "explore", "factorize", "fit",
+    "from_layer", "load_data", "methods", "normalize", "power_method", "rank_sweep",
+    "relative_error", "rescale_", "to_dense", "train", "truncate", "truncation_report",
+]  # fmt: skip
+
+_LAZY = {
+    "methods": "NestedRank degeneracy factorize normalize rescale_",
+    "train": "DigitsNet LeNet accuracy compare fit load_data",
+    "explore": "RankExplorer RankSweep allocate_ranks rank_sweep truncation_report",
+}
+
+# What replaces names of version 0.1 that are gone; to be dropped with version 0.3.
+_REPLACED = {
+    "cpnb.methods.ranks_for(model, share), a mapping for rank=": "ParameterRatio",
+    'cpnb.allocate_ranks(sweep, budget, unit="flops")': "FlopRatio",
+    "cpnb.methods.fit_rank(error) for rank=": "EffectiveRank EnergyRank FitRank",
+    "cpnb.explore.explore, as in notebooks 01, 04 and 08": "CurveExplorer "
+    "DegeneracyExplorer ScaleExplorer",
+    "cpnb.decompose.CPResult": "DecompositionInfo",
+    "cpnb.degeneracy(...).to_row()": "DegeneracyReport degeneracy_report",
+    "the result of the function": "FactorNorms HessianEigenvalue LossSlice "
+    "RankAllocation RescalingReport Spectrum SpectrumReport TruncationReport",
+    "a loop, as in notebook 05": "KeyComparison TruncationStage compare_keys "
     "truncate_gradually",
-    "truncation_report",
-    "unified",
-    "unified_variance",
-    "uniform",
-]
+    "cpnb.fit(net, data, epochs=5, lr=1e-3)": "fine_tune",
+    "any object with methods that cpnb.fit names": "Hook",
+    "the class in notebooks/networks.py of the repository": "AlexNet ResNet",
+    "model.state_dict(), as files of torch or safetensors": "load_weights save_model",
+    'cpnb.truncate(..., refit="data")': "data_aware data_aware_als input_covariance "
+    "output_gram",
+    "a few lines of torch, see CHANGELOG.md": "SignalReport StepReport VGG "
+    "circular_lipschitz cp_norm filter_directions gram_lipschitz signal_report "
+    "step_report",
+    "cpnb.normalize or cpnb.factorize": "Normalizer standardize tai tai_decompose",
+}
 
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
-        return _LAZY[name]()
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return import_module(f"cpnb.{name}")
+    for tier, names in _LAZY.items():
+        if name in names.split():
+            return getattr(import_module(f"cpnb.{tier}"), name)
+    hints = [
+        f" In version 0.2 use {advice}."
+        for advice, names in _REPLACED.items()
+        if name in names.split()
+    ]
+    core = ["cp", "decompose", "initializers", "layers", "truncation"]
+    for module in [] if name.startswith("_") else [*core, *_LAZY]:
+        if name in import_module(f"cpnb.{module}").__all__:
+            hints.append(f" Since version 0.2 it is cpnb.{module}.{name}.")
+    raise AttributeError(f"module 'cpnb' has no attribute {name!r}.{''.join(hints)}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY})
+    return sorted(__all__)

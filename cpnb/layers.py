@@ -1,8 +1,434 @@
-"""CP layers."""
+"""CP layers: drop-in replacements for torch's convolutions and linear layer.
 
-from cpnb.base import CPLayer
-from cpnb.conv import CPConv1d, CPConv2d, CPConv3d
-from cpnb.linear import CPLinear
-from cpnb.surgery import from_layer
+A layer holds σ, λ and factor matrices, and has two forwards with one result: "dense"
+rebuilds the kernel and calls torch, "chain" runs through the components, 1×1 →
+depthwise → 1×1. `FactoredLayer` is what CP layers share with low-rank ones.
+"""
 
-__all__ = ["CPConv1d", "CPConv2d", "CPConv3d", "CPLayer", "CPLinear", "from_layer"]
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cpnb.convolution import (
+    ConvGeometry,
+    conv_branches,
+    convolve,
+    innermost,
+    is_channels_last,
+)
+from cpnb.cp import (
+    CPForm,
+    Rank,
+    break_even_rank,
+    cp_parameters,
+    normalize_columns,
+    rebuild,
+    resolve_rank,
+    with_unit_columns,
+)
+from cpnb.initializers import dense_bias, resolve_init
+
+__all__ = ["CPConv1d", "CPConv2d", "CPConv3d", "CPLayer", "CPLinear", "FactoredLayer"]
+
+FORWARD_MODES = ("auto", "dense", "chain")
+# "auto" takes the chain below this share of the rank at which both do the same work.
+# Its depthwise stage is bound by memory: on x86-64 cores the times cross at 0.50 (64
+# channels) to 0.73 (256 channels) of that rank.
+CHAIN_SHARE = 0.5
+
+
+class FactoredLayer(nn.Module):
+    """A layer whose kernel is made of factors and stands for one of torch's layers.
+
+    Attributes:
+        stock: The torch class this layer stands for.
+        kernel_shape: Shape of the full kernel, ``(out, in / groups, *kernel_size)``.
+        groups: Groups of the convolution; 1 for a linear layer.
+        bias: Shape ``(out,)``, or None.
+        factor_names: Parameters whose product is the kernel: Frobenius decay of the
+            kernel takes the place of theirs.
+        no_decay: Parameters that no weight decay presses on.
+    """
+
+    stock: type[nn.Module]
+    argument_names: tuple[str, ...] = ("in_features", "out_features", "bias")
+    factor_names: tuple[str, ...] = ()
+    no_decay: tuple[str, ...] = ()
+    kernel_shape: tuple[int, ...]
+    groups: int = 1
+    rank: Any
+    break_even_rank: Any
+    bias: nn.Parameter | None
+
+    @classmethod
+    def arguments(cls, layer: Any) -> list[Any]:
+        """Positional arguments that rebuild ``layer``, stock or of this class."""
+        values = [getattr(layer, name) for name in cls.argument_names]
+        where = cls.argument_names.index("bias")
+        return [*values[:where], layer.bias is not None, *values[where + 1 :]]
+
+    @property
+    def dense_parameters(self) -> int:
+        """Parameters of the dense layer, bias included."""
+        bias = 0 if self.bias is None else self.bias.numel()
+        return math.prod(self.kernel_shape) + bias
+
+    def extra_repr(self) -> str:
+        """Torch's own text, then the rank against break-even."""
+        # Not of a stock layer made for it: vmap prints layers, and allows no draws.
+        stock = self.stock.extra_repr(self)
+        stock = stock.replace("in_features=", "").replace("out_features=", "")
+        share = self.rank / self.break_even_rank
+        return (
+            f"{stock.removesuffix(', bias=True')}, rank={self.rank} ({share:.2f} of "
+            f"break-even {self.break_even_rank})"
+        )
+
+    def __repr__(self) -> str:
+        """One line: the factors are sizes the reader can work out."""
+        return f"{type(self).__name__}({self.extra_repr()})"
+
+
+class CPLayer(FactoredLayer):
+    """Base of the CP layers: ``weight = σ Σ_r λ_r â_r∘b̂_r∘…`` with unit columns.
+
+    Attributes:
+        scale: Global scale σ. Scalar parameter.
+        lam: Component weights λ, any sign. Shape ``(rank,)``.
+        factors: One factor matrix per mode of size > 1, columns of any length, which
+            the forward normalises. Shapes ``(size_n, rank)``.
+        signed: If False, |λ| is used, as the paper's released code does.
+        forward_mode: ``"dense"``, ``"chain"`` or ``"auto"``, see `CHAIN_SHARE`.
+        active_rank: Number of leading components in use, all if None; `cpnb.NestedRank`
+            sets it for one training step at a time.
+    """
+
+    factor_names = ("factors",)
+    no_decay = ("scale", "lam")
+
+    def _make_parameters(
+        self,
+        kernel_shape: Sequence[int],
+        rank: Rank,
+        init: str | Callable[..., CPForm],
+        forward_mode: str,
+        signed: bool,
+        bias: bool,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+        generator: torch.Generator | None,
+    ) -> None:
+        self.kernel_shape = tuple(kernel_shape)
+        self.init = resolve_init(init)
+        self.forward_mode = forward_mode
+        self.signed = signed
+        self.active_rank: int | None = None
+        count = resolve_rank(rank, self.kernel_shape)
+        like = torch.empty(0, device=device, dtype=dtype)
+        sizes = [n for n in self.kernel_shape if n > 1]
+        self.scale = nn.Parameter(like.new_empty(()))
+        self.lam = nn.Parameter(like.new_empty(count))
+        self.factors = nn.ParameterList(
+            [nn.Parameter(like.new_empty(n, count)) for n in sizes]
+        )
+        empty = nn.Parameter(like.new_empty(kernel_shape[0])) if bias else None
+        self.register_parameter("bias", empty)
+        self.reset_parameters(generator)
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw a new start of the same rank; the bias as torch's own layers do."""
+        where = {"device": self.lam.device, "dtype": self.lam.dtype}
+        options = {"groups": self.groups, "generator": generator, **where}
+        lam, factors = self.init(self.kernel_shape, self.rank, **options)
+        self.scale.fill_(1.0)
+        self.lam.copy_(lam)
+        for old, new in zip(self.factors, factors, strict=True):
+            old.copy_(new)
+        if self.bias is not None:
+            self.bias.copy_(dense_bias(self.kernel_shape, generator, self.bias))
+
+    @property
+    def rank(self) -> int:
+        """Number of components."""
+        return self.lam.numel()
+
+    @property
+    def break_even_rank(self) -> int:
+        """R_same: rank with as many parameters as the dense layer."""
+        return break_even_rank(self.kernel_shape)
+
+    def parameters_at(self, rank: int) -> int:
+        """Parameters this layer holds at another rank, bias included."""
+        bias = 0 if self.bias is None else self.bias.numel()
+        return cp_parameters(self.kernel_shape, rank) + bias
+
+    @property
+    def weight(self) -> Tensor:
+        """The full kernel, rebuilt and differentiable. Shape ``kernel_shape``."""
+        return self._kernel(channels_last=False)
+
+    def components(
+        self, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """λ with σ folded in and the unit-column factors, of modes of size > 1.
+
+        Computed in and returned as ``dtype``, by default that of the parameters.
+        """
+        factors = [factor.to(dtype) for factor in self.factors]
+        units = normalize_columns(factors)[0] if factors else []
+        lam = self.lam if self.signed else self.lam.abs()
+        return (lam * self.scale).to(dtype), units
+
+    def resize(self, rank: int) -> None:
+        """Make room for another rank; the values are left for the caller to fill.
+
+        The parameters stay the same objects, so that an optimizer keeps them.
+        """
+        self.lam.data = self.lam.data.new_empty(rank)
+        for factor in self.factors:
+            factor.data = factor.data.new_empty(len(factor), rank)
+
+    def _terms(self) -> CPForm:
+        """λ with σ and the norms it must carry, and factors; active components only."""
+        lam = self.lam[: self.active_rank]
+        lam = (lam if self.signed else lam.abs()) * self.scale
+        return with_unit_columns(lam, [f[:, : self.active_rank] for f in self.factors])
+
+    def _kernel(self, channels_last: bool) -> Tensor:
+        lam, factors = self._terms()
+        out, channels, *window = self.kernel_shape
+        if not factors:
+            return lam.sum().view(self.kernel_shape)
+        # A 1×1 kernel is both layouts at once: nothing is won by the second.
+        if not channels_last or channels == 1 or math.prod(window) == 1:
+            return rebuild(lam, factors).view(self.kernel_shape)
+        # The factor of the channels last: the product then is laid out channels_last.
+        channel = 1 if out > 1 else 0
+        factors = [*factors[:channel], *factors[channel + 1 :], factors[channel]]
+        return rebuild(lam, factors).view(out, *window, channels).movedim(-1, 1)
+
+    def _takes_chain(self) -> bool:
+        if self.forward_mode not in FORWARD_MODES:
+            raise ValueError(
+                f"forward_mode is {self.forward_mode!r}, expected one of "
+                f"{FORWARD_MODES}."
+            )
+        if self.forward_mode != "auto":
+            return self.forward_mode == "chain"
+        rank = self.rank if self.active_rank is None else self.active_rank
+        return rank * self._chain_work() < CHAIN_SHARE * math.prod(self.kernel_shape)
+
+    def _chain_work(self) -> int:
+        """Multiplications of the chain per output position and component."""
+        return sum(self.kernel_shape)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        """Adopt the rank of a checkpoint whose other sizes are those of this layer."""
+        lam = state_dict.get(f"{prefix}lam")
+        if lam is None and f"{prefix}weight" in state_dict:
+            args[-1].append(
+                f"{prefix or 'this layer'} is a {type(self).__name__}, but the "
+                "checkpoint holds a dense weight for it. Load it into the dense model, "
+                "then call cpnb.canonicalize."
+            )
+        elif lam is not None and lam.ndim == 1 and lam.numel() not in (0, self.rank):
+            wanted = [(len(factor), lam.numel()) for factor in self.factors]
+            held = [state_dict.get(f"{prefix}factors.{n}") for n in range(len(wanted))]
+            if [None if f is None else tuple(f.shape) for f in held] == wanted:
+                self.resize(lam.numel())
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        """Torch's text and the rank, and what differs from the defaults."""
+        text = super().extra_repr()
+        if self.forward_mode != "auto":
+            text += f", forward_mode={self.forward_mode!r}"
+        return text if self.signed else f"{text}, signed=False"
+
+
+class CPConv(ConvGeometry, CPLayer):
+    """Convolution with a CP kernel, in any number of spatial dimensions."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] | str = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        *,
+        rank: Rank = "same",
+        init: str | Callable[..., CPForm] = "unified",
+        forward_mode: str = "auto",
+        signed: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        sizes = (in_channels, out_channels, kernel_size)
+        steps = (stride, padding, dilation, groups)
+        shape = self.set_geometry(self.stock, *sizes, *steps, bias, padding_mode)
+        self._make_parameters(
+            shape, rank, init, forward_mode, signed, bias, device, dtype, generator
+        )
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Convolve ``(batch, in, *size)``, or one image without the batch axis."""
+        images, geometry = self.padded(input)
+        if not self._takes_chain():
+            kernel = self._kernel(is_channels_last(images))
+            return convolve(images, kernel, self.bias, **geometry)
+        batch = images if images.ndim == len(self.kernel_shape) else images[None]
+        lam, stored = self._terms()
+        outputs, *others = pad_factors(lam, stored, self.kernel_shape)
+        hidden = conv_branches(innermost(batch), lam, others, **geometry).flatten(1, 2)
+        mix = outputs.reshape(-1, lam.numel(), *(1,) * len(self.kernel_size))
+        output = convolve(hidden, mix, self.bias, groups=self.groups)
+        last = is_channels_last(batch)
+        output = innermost(output) if last else output.contiguous()
+        return output if images.ndim == batch.ndim else output[0]
+
+    def branches(self, images: Tensor, factors: Sequence[Tensor]) -> Tensor:
+        """What each component of a kernel like this one's sends to its outputs.
+
+        Images have shape ``(batch, in, *size)``; there is a factor ``(size_n, rank)``
+        for each mode but the output's. Shape ``(batch, groups, rank, *size_out)``.
+        """
+        images, geometry = self.padded(images)
+        lam = factors[0].new_ones(factors[0].shape[1])
+        return conv_branches(innermost(images), lam, factors, **geometry)
+
+    def _chain_work(self) -> int:
+        out, channels, *window = self.kernel_shape
+        # One input channel has no first stage, a 1x1 window no second one.
+        first = self.groups * channels * math.prod(self.stride) if channels > 1 else 0
+        second = self.groups * math.prod(window) if math.prod(window) > 1 else 0
+        return first + second + out
+
+
+class CPConv1d(CPConv):
+    """1-D convolution with a CP kernel; arguments and errors as in `CPConv2d`."""
+
+    stock = nn.Conv1d
+
+
+class CPConv2d(CPConv):
+    """2-D convolution with a CP kernel: canonical weight normalization.
+
+    ``weight = σ Σ_r λ_r â_r∘b̂_r∘ĉ_r∘d̂_r``, hats for columns of unit 2-norm. Positional
+    arguments are those of `torch.nn.Conv2d`; groups share all factors but the output
+    one, which is sliced.
+
+    Args:
+        in_channels: Input channels; this and what follows up to ``padding_mode`` as in
+            `torch.nn.Conv2d`.
+        out_channels: Output channels.
+        kernel_size: One size or one per spatial axis.
+        stride: One step or one per spatial axis.
+        padding: An int, one per axis, ``"same"`` or ``"valid"``.
+        dilation: One or one per spatial axis.
+        groups: Groups.
+        bias: Whether to add a bias.
+        padding_mode: Zeros, reflect, replicate or circular.
+        rank: Number of components (int), fraction of the break-even rank (float in
+            (0, 1]), or ``"same"`` for the break-even rank.
+        init: A name in `cpnb.initializers.INITIALIZERS` or a function like
+            `cpnb.initializers.unified`.
+        forward_mode: ``"dense"`` rebuilds the kernel, ``"chain"`` convolves through the
+            components, ``"auto"`` takes the chain at low ranks.
+        signed: False uses |λ|, as the paper's released code does.
+        device: Of the parameters.
+        dtype: Of the parameters.
+        generator: Source of the random start; torch's default one if None.
+
+    Source: Veeramacheneni et al. 2022, arXiv:2206.01509.
+
+    >>> layer = CPConv2d(32, 64, 3, padding=1, rank=0.25)
+    >>> layer.rank, layer.break_even_rank, layer.weight.shape
+    (45, 179, torch.Size([64, 32, 3, 3]))
+    >>> layer(torch.zeros(1, 32, 8, 8)).shape
+    torch.Size([1, 64, 8, 8])
+    """
+
+    stock = nn.Conv2d
+
+
+class CPConv3d(CPConv):
+    """3-D convolution with a CP kernel; arguments and errors as in `CPConv2d`."""
+
+    stock = nn.Conv3d
+
+
+class CPLinear(CPLayer):
+    """Linear layer with a CP weight, ``σ Σ_r λ_r â_r∘b̂_r``.
+
+    Args: as `torch.nn.Linear`, then from ``rank`` on as `CPConv2d`.
+
+    Source: Veeramacheneni et al. 2022, arXiv:2206.01509.
+
+    >>> CPLinear(20, 10, rank=3).weight.shape
+    torch.Size([10, 20])
+    """
+
+    stock = nn.Linear
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        rank: Rank = "same",
+        init: str | Callable[..., CPForm] = "unified",
+        forward_mode: str = "auto",
+        signed: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        shape = (out_features, in_features)
+        self._make_parameters(
+            shape, rank, init, forward_mode, signed, bias, device, dtype, generator
+        )
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map ``(..., in_features)`` to ``(..., out_features)``."""
+        if not self._takes_chain():
+            return F.linear(input, self._kernel(channels_last=False), self.bias)
+        lam, factors = self._terms()
+        outputs, inputs = pad_factors(lam, factors, self.kernel_shape)
+        return F.linear(F.linear(input, (inputs * lam).T), outputs, self.bias)
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[nn.Module]:
+    """Run a block in evaluation mode, then give each submodule its own flag back."""
+    flags = {module: module.training for module in model.modules()}
+    try:
+        yield model.eval()
+    finally:
+        for module, flag in flags.items():
+            module.training = flag
+
+
+def pad_factors(
+    lam: Tensor, factors: Sequence[Tensor], shape: Sequence[int]
+) -> list[Tensor]:
+    """Factors of all modes: a row of ones for every mode of size 1."""
+    stored = iter(factors)
+    ones = lam.new_ones(1, lam.numel())
+    return [next(stored) if n > 1 else ones for n in shape]
