@@ -1,1 +1,0 @@
-"""The normalizers behind `cpnb.normalize`, one family per file."""

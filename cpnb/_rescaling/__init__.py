@@ -1,1 +1,0 @@
-"""How function-preserving rescaling reads a model and moves its weights."""

@@ -1,0 +1,31 @@
+"""What canonical networks are compared with and helped by; each file says its own."""
+
+from cpnb.methods.degeneracy import Degeneracy, bounded_als, degeneracy
+from cpnb.methods.factorized import (
+    FrobeniusDecay,
+    LowRankConv2d,
+    LowRankLinear,
+    ProximalL1,
+    factor_norms,
+    factorize,
+    first_and_last,
+    frobenius_decay,
+    nonzero_ranks,
+)
+from cpnb.methods.normalizers import NORMALIZERS, normalize, remove_normalizer
+from cpnb.methods.ranks import NestedRank, fit_rank, ranks_for
+from cpnb.methods.scaling import Rescaling, rescale_
+from cpnb.methods.tensor_formats import (
+    FORMATS,
+    TensorFormat,
+    reproducing_transformation,
+    unified_variance,
+)
+
+__all__ = [
+    "FORMATS", "NORMALIZERS", "Degeneracy", "FrobeniusDecay", "LowRankConv2d",
+    "LowRankLinear", "NestedRank", "ProximalL1", "Rescaling", "TensorFormat",
+    "bounded_als", "degeneracy", "factor_norms", "factorize", "first_and_last",
+    "fit_rank", "frobenius_decay", "nonzero_ranks", "normalize", "ranks_for",
+    "remove_normalizer", "reproducing_transformation", "rescale_", "unified_variance",
+]  # fmt: skip
