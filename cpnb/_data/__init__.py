@@ -1,1 +1,0 @@
-"""The parts behind `cpnb.load_data`."""

@@ -1,1 +1,0 @@
-"""What stands behind `cpnb.experiments`: the definitions, and what the records say."""

@@ -1,0 +1,441 @@
+"""Compare recipes: a rate tuned for each, then fresh seeds, the test set read once."""
+
+from __future__ import annotations
+
+import csv
+import inspect
+import itertools
+import json
+import math
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Executor, as_completed
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from operator import itemgetter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+import torch
+
+from cpnb.methods.factorized import FrobeniusDecay, ProximalL1
+from cpnb.methods.normalizers import NORMALIZERS
+from cpnb.methods.ranks import NestedRank
+from cpnb.train.batches import Augment
+from cpnb.train.data import Dataset
+from cpnb.train.evaluation import accuracy, evaluate
+from cpnb.train.loop import fit
+from cpnb.train.models import DigitsNet, LeNet
+from cpnb.train.records import MEASURES
+
+# What recipes name; add your own: REGISTRY["my_net"] = MyNet. Called are networks with
+# num_classes and generator, hooks with their options, normalizers with a network, their
+# options and, if they take these, a generator and data, a batch of images; measures
+# with (network, data, recipe, seed).
+REGISTRY: dict[str, Callable[..., Any]] = {
+    "DigitsNet": DigitsNet,
+    "LeNet": LeNet,
+    "NestedRank": NestedRank,
+    "FrobeniusDecay": FrobeniusDecay,
+    "ProximalL1": ProximalL1,
+    **{name: partial(each.function, skip=()) for name, each in NORMALIZERS.items()},
+}
+
+# A network's random numbers and the order of the images come from different seeds.
+_START_SEED_OFFSET = 1_000_000
+_START_IMAGES = 256
+_DIGITS = 5  # after the point, in a record
+
+CELL = ["recipe", "phase", "lr", "seed"]  # what tells one training from all others
+WHERE = ["device", "processor", "threads", "cpnb", "torch", "python", "commit", "date"]
+RUN_COLUMNS = [
+    *CELL, "status", "epochs", "validation_accuracy", "test_accuracy",
+    "start_validation_loss", "start_seconds", "seconds", "images_per_second", *WHERE,
+]  # fmt: skip
+CURVE_COLUMNS = [*CELL, "epoch", *MEASURES, "seconds"]
+TEXTS = {"recipe", "phase", "status", *WHERE} - {"threads"}  # all others are numbers
+_cell = itemgetter(*CELL)
+
+
+@dataclass
+class Recipe:
+    """How a network is made and trained, in JSON's types; functions by their name.
+
+    Attributes:
+        name: Its name in tables and figures.
+        network, normalizer: Names in `REGISTRY`.
+        options: Keyword arguments of the normalizer.
+        hooks: Names in `REGISTRY`, or dicts of a ``name`` and options.
+        settings: Keyword arguments of `cpnb.fit`, for ``augment`` those of `Augment`.
+    """
+
+    name: str
+    network: str
+    normalizer: str = "none"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    hooks: Sequence[str | Mapping[str, Any]] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Make lists of tuples, so that a recipe equals the one read from its file."""
+        text = json.dumps([self.options, self.hooks, self.settings])
+        self.options, self.hooks, self.settings = json.loads(text)
+
+
+@dataclass(repr=False)
+class Comparison:
+    """What is planned and what is known of some recipes on the same data.
+
+    Attributes:
+        recipes, data: By name; what the data set says of itself.
+        rates, tune_seeds, seeds, measure: See `cpnb.compare`.
+        runs: A row per training: ``phase`` "tune" or "final", ``status`` of `Run`,
+            accuracies after the last epoch, ``start_seconds`` of making the network.
+        curves, measured: A row per training and epoch; what ``measure`` returned.
+    """
+
+    recipes: dict[str, Recipe]
+    data: str
+    rates: list[float]
+    tune_seeds: list[int]
+    seeds: list[int]
+    measure: Any = None
+
+    def __post_init__(self) -> None:
+        """Begin with empty tables."""
+        self.runs = _empty(RUN_COLUMNS)
+        self.curves = _empty(CURVE_COLUMNS)
+        self.measured = _empty(CELL)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Comparison:
+        """Read a record; a damaged line is left out with a warning, as not done."""
+        path = Path(path)
+        plan = json.loads((path / "recipes.json").read_text(encoding="utf-8"))
+        recipes = [Recipe(**recipe) for recipe in plan.pop("recipes")]
+        found = cls({recipe.name: recipe for recipe in recipes}, **plan)
+        tables = [
+            _read(path / f"{name}.csv") for name in ("runs", "curves", "measured")
+        ]
+        # A run is written after its curve: without all epochs it is not done.
+        epochs = Counter(map(_cell, tables[1]))
+        done = {_cell(run) for run in tables[0] if epochs[_cell(run)] == run["epochs"]}
+        found.add(*([row for row in rows if _cell(row) in done] for rows in tables))
+        return found
+
+    def save(self, path: str | Path) -> None:
+        """Write the record to a folder, as text; a crash leaves whole files."""
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        plan = asdict(self)
+        recipes = ",\n".join(json.dumps(each) for each in plan.pop("recipes").values())
+        head = json.dumps(plan, ensure_ascii=False).removesuffix("}")
+        texts = {"recipes.json": f'{head}, "recipes": [\n{recipes}\n]}}\n'}
+        texts["curves.csv"] = self.curves.to_csv(index=False)
+        if len(self.measured):
+            texts["measured.csv"] = self.measured.to_csv(index=False)
+        texts["runs.csv"] = self.runs.to_csv(index=False)
+        for name, text in texts.items():  # each file is whole, the old or the new one
+            (path / f".{name}.part").write_text(text, encoding="utf-8")
+            (path / f".{name}.part").replace(path / name)
+
+    def add(self, runs: list[dict], curves: list[dict], measured: list[dict]) -> None:
+        """Take in rows; their order says nothing of when they were made."""
+        self.runs = self._joined(self.runs, runs)
+        self.curves = self._joined(self.curves, curves)
+        self.measured = self._joined(self.measured, measured)
+
+    def _joined(self, table: pd.DataFrame, rows: list[dict]) -> pd.DataFrame:
+        place = {name: number for number, name in enumerate(self.recipes)}
+        rows = [*table.to_dict("records"), *rows]
+        rows.sort(key=lambda row: (place[row["recipe"]], *_cell(row)[1:]))
+        return pd.DataFrame(rows) if rows else table
+
+    @property
+    def best(self) -> dict[str, float | None]:
+        """The rate of each recipe with the best mean validation accuracy in tuning.
+
+        One under which any diverged is out. None if all are, or while a run is missing.
+        """
+        if len(self.rates) == 1:  # nothing to choose
+            return dict.fromkeys(self.recipes, self.rates[0])
+        runs: Any = self.runs[self.runs.phase == "tune"]
+        runs = runs[runs.lr.isin(self.rates) & runs.seed.isin(self.tune_seeds)]
+        best = dict.fromkeys(self.recipes)
+        for name in self.recipes:
+            own = runs[runs.recipe == name]
+            works = (own.status == "finished").groupby(own.lr).all()
+            scores = own.validation_accuracy.groupby(own.lr).mean()
+            if len(own) == len(self.rates) * len(self.tune_seeds) and works.any():
+                best[name] = float(scores[works].idxmax())
+        return best
+
+    @property
+    def finals(self) -> pd.DataFrame:
+        """The runs of the fresh seeds at the chosen rates, those that diverged too."""
+        runs: Any = self.runs
+        chosen = runs.lr == runs.recipe.map(self.best).astype(float)
+        return runs[chosen & (runs.phase == "final") & runs.seed.isin(self.seeds)]
+
+    @property
+    def final_curves(self) -> pd.DataFrame:
+        """The curves of those that did not diverge, for `plots.plot_training`."""
+        finals = self.finals
+        return self.curves.merge(finals.loc[finals.status == "finished", CELL])
+
+    def missing(self) -> list[tuple[str, str, float, int]]:
+        """The next trainings, as `CELL`: final ones once their rate is chosen."""
+        tune = itertools.product(self.recipes, ["tune"], self.rates, self.tune_seeds)
+        cells = list(tune) if len(self.rates) > 1 else []
+        best = {name: lr for name, lr in self.best.items() if lr is not None}
+        cells += [(name, "final", best[name], s) for name in best for s in self.seeds]
+        done = set(self.runs[CELL].itertuples(index=False, name=None))
+        return [cell for cell in cells if cell not in done]
+
+    def table(self) -> pd.DataFrame:
+        """One row per recipe, from its final runs.
+
+        ``edge``: the chosen ``lr`` is the smallest or largest of several, so that the
+        best may lie beyond. ``n`` networks were tested. Deviations are of a sample.
+        """
+        finals = self.finals
+        finished = finals[finals.status == "finished"]
+        groups = finished.groupby("recipe")
+        curves = self.final_curves
+        peaks = curves.loc[curves.groupby(CELL).validation_accuracy.idxmax()]
+        table = pd.DataFrame({"lr": pd.Series(self.best, dtype=float)})
+        ends = [min(self.rates), max(self.rates)]
+        table["edge"] = table.lr.isin(ends) & (len(self.rates) > 1)
+        table["n"] = [(finished.recipe == n).sum() for n in self.recipes]
+        table["diverged"] = [(finals.recipe == n).sum() for n in self.recipes] - table.n
+        for split in ("test", "validation"):
+            table[split] = groups[f"{split}_accuracy"].mean()
+            table[f"{split}_std"] = groups[f"{split}_accuracy"].std()
+        table["best_epoch"] = peaks.groupby("recipe").epoch.mean()
+        return table.join(groups[["seconds", "images_per_second"]].mean())
+
+
+def compare(
+    recipes: Sequence[Recipe],
+    data: Dataset | Callable[[], Dataset],
+    *,
+    rates: Sequence[float],
+    seeds: Iterable[int],
+    tune_seeds: Iterable[int] = (100,),
+    measure: str | Mapping[str, Any] | None = None,
+    device: str = "cpu",
+    executor: Executor | None = None,
+    path: str | Path | None = None,
+    progress: bool = True,
+) -> Comparison:
+    """Tune the rate of each recipe, train it from fresh seeds, and test each network.
+
+    The rate with the best mean validation accuracy after the last epoch wins. Only the
+    networks of the fresh seeds meet the test split, once each, after their training.
+    Stopped with Ctrl-C, the same call goes on from the record in ``path``; more
+    recipes, rates or seeds may be asked for later.
+
+    Args:
+        recipes: What to compare.
+        data: A data set, or a function that loads it, in each process for itself.
+        rates: Learning rates to choose from.
+        seeds: Fresh seeds, of the networks that are tested at the chosen rate.
+        tune_seeds: Other seeds, with which every recipe is trained at every rate.
+        measure: More to measure on each tested network: a function in `REGISTRY`, by
+            its name or a dict of a ``name`` and options, that returns columns.
+        device: Device to train on.
+        executor: Trains in other processes, where the same must be registered.
+        path: Folder of the record, to which each training is written when it ends.
+        progress: Show a progress bar over the trainings.
+    """
+    from tqdm import tqdm
+
+    for recipe in recipes:  # what would fail after other trainings
+        inspect.signature(fit).bind(None, None, **recipe.settings)
+        for entry in (recipe.network, recipe.normalizer, *recipe.hooks, measure):
+            if entry is not None:
+                registered(entry)
+    plan = Comparison(
+        recipes={recipe.name: recipe for recipe in recipes},
+        data=repr(data() if callable(data) else data),
+        rates=[float(rate) for rate in rates],
+        tune_seeds=list(tune_seeds),
+        seeds=list(seeds),
+        measure=measure,
+    )
+    if len(plan.recipes) < len(recipes):
+        names = [recipe.name for recipe in recipes]
+        raise ValueError(f"recipes have the names {names}, expected each once.")
+    if shared := {*plan.seeds} & {*plan.tune_seeds}:
+        raise ValueError(f"tune_seeds shares {[*shared]} with seeds, expected others.")
+    if path is not None and Path(path, "recipes.json").exists():
+        found = Comparison.load(path)
+        old = {"data": found.data, "measure": found.measure, **found.recipes}
+        new = {**old, "data": plan.data, "measure": plan.measure, **plan.recipes}
+        for name in old:
+            if old[name] != new[name]:
+                raise ValueError(
+                    f"{path} was made with another {name}: {old[name]}, expected "
+                    f"{new[name]}. Move it away or choose another folder."
+                )
+        plan.recipes |= found.recipes
+        tables = found.runs, found.curves, found.measured
+        plan.add(*(table.to_dict("records") for table in tables))
+    with tqdm(unit=" runs", disable=not progress) as bar:
+
+        def take(run: dict, curve: list[dict], measured: list[dict]) -> None:
+            plan.add([run], curve, measured)
+            if path is not None:
+                plan.save(path)
+            bar.set_postfix_str("{recipe}, lr {lr:g}: {status}".format(**run))
+            bar.update()
+
+        while cells := plan.missing():
+            bar.total = bar.n + len(cells)
+            tasks = [(c, plan.recipes[c[0]], data, measure, device) for c in cells]
+            _run(tasks, executor, take)
+    return plan
+
+
+def _run(tasks: list[tuple[Any, ...]], executor: Executor | None, take: Any) -> None:
+    """Do trainings here or through an executor, and take each as soon as it ended."""
+    if executor is None:
+        for task in tasks:
+            take(*train_cell(*task))
+        return
+    waiting = {executor.submit(train_cell, *task) for task in tasks}
+    try:
+        for future in as_completed(list(waiting)):
+            take(*future.result())
+            waiting.remove(future)
+    finally:  # after Ctrl-C or an error: begin nothing, lose nothing that ended
+        for future in waiting:
+            if not future.cancel() and future.done() and not future.exception():
+                take(*future.result())
+
+
+def registered(entry: str | Mapping[str, Any]) -> partial[Any]:
+    """The function of a name in `REGISTRY`, or of a dict of a ``name`` and options."""
+    options = {"name": entry} if isinstance(entry, str) else dict(entry)
+    name = options.pop("name")
+    if name not in REGISTRY:
+        raise ValueError(f"name is {name!r}, expected one in REGISTRY: {[*REGISTRY]}.")
+    return partial(REGISTRY[name], **options)
+
+
+def build(recipe: Recipe, data: Dataset, seed: int) -> torch.nn.Module:
+    """Make a recipe's network; a start that takes data gets the first images."""
+    generator = torch.Generator().manual_seed(seed + _START_SEED_OFFSET)
+    make = registered(recipe.network)
+    network = make(num_classes=len(data.classes), generator=generator)
+    apply = registered(recipe.normalizer)
+    takes = inspect.signature(apply).parameters
+    options = dict(recipe.options)
+    if "generator" in takes:
+        options["generator"] = generator
+    if "data" in takes:
+        first = replace(data.train, images=data.train.images[:_START_IMAGES])
+        options["data"] = first.standardized()
+    return apply(network.to(data.train.images.device), **options)
+
+
+def train_cell(
+    cell: tuple, recipe: Recipe, data: Any, measure: Any, device: str
+) -> tuple[dict, list[dict], list[dict]]:
+    """Train one network; its run, its curve, what else is measured, as rows."""
+    key: dict[str, Any] = dict(zip(CELL, cell, strict=True))
+    data = (data() if callable(data) else data).to(device)
+    begin = time.perf_counter()
+    network = build(recipe, data, key["seed"])
+    start_seconds = time.perf_counter() - begin
+    start_loss = evaluate(network, data.validation)["loss"]
+    settings = {**recipe.settings, "lr": key["lr"], "seed": key["seed"]}
+    if settings.get("augment"):
+        settings["augment"] = Augment(**settings["augment"])
+    hooks = [registered(hook)() for hook in recipe.hooks]
+    run = fit(network, data, hooks=hooks, progress=False, **settings)
+    if run.status == "interrupted":
+        raise KeyboardInterrupt
+    curve = [key | {name: _rounded(v) for name, v in e.items()} for e in run.history]
+    images = len(data.train.labels) * len(run.history)
+    is_tested = key["phase"] == "final" and run.status == "finished"
+    row = {
+        **key,
+        "status": run.status,
+        "epochs": len(run.history),
+        "validation_accuracy": curve[-1]["validation_accuracy"] if curve else None,
+        "test_accuracy": _rounded(accuracy(network, data.test)) if is_tested else None,
+        "start_validation_loss": _rounded(start_loss),
+        "start_seconds": _rounded(start_seconds),
+        "seconds": _rounded(run.seconds),
+        "images_per_second": _rounded(images / run.seconds) if images else None,
+        **{name: run.provenance[name] or "" for name in WHERE},
+    }
+    measured = []
+    if is_tested and measure is not None:
+        table = pd.DataFrame(registered(measure)(network, data, recipe, key["seed"]))
+        measured = [key | values for values in table.round(_DIGITS).to_dict("records")]
+    return row, curve, measured
+
+
+class Difference(NamedTuple):
+    """Mean of ``n`` paired differences; its 95 % interval is ``mean ± half``."""
+
+    mean: float
+    half: float
+    n: int
+
+    @property
+    def told_apart(self) -> bool:
+        """Whether the interval leaves out zero."""
+        return abs(self.mean) > self.half
+
+
+def paired_difference(values: Any, reference: Any) -> Difference:
+    """How far two methods are apart, seed by seed: Student's t, 95 %.
+
+    Args:
+        values: Numbers by seed: a series, or a sequence. Shape ``(n,)``.
+        reference: The same of the other method; a seed that lacks either is left out.
+
+    >>> paired_difference([3.0, 4.0, 6.0], [2.0, 2.0, 3.0])
+    Difference(mean=2.0, half=2.484..., n=3)
+    """
+    from scipy.stats import t as student
+
+    differences = (pd.Series(values) - pd.Series(reference)).dropna().astype(float)
+    n = len(differences)
+    half = student.ppf(0.975, n - 1) * differences.std() / math.sqrt(n)
+    return Difference(float(differences.mean()), float(half), n)
+
+
+def _empty(columns: list[str]) -> pd.DataFrame:
+    kinds = {name: str if name in TEXTS else float for name in columns}
+    return pd.DataFrame({name: pd.Series(dtype=kinds[name]) for name in columns})
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """Rows of a table; one that cannot be read is reported and left out."""
+    if not path.exists():
+        return []
+    head, *lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    names = head.strip().split(",")
+    rows = []
+    for number, line in enumerate(lines, start=2):
+        try:
+            if not line.endswith("\n"):
+                raise ValueError("the line ends early")
+            row: dict[str, Any] = dict(zip(names, *csv.reader([line]), strict=True))
+            for name in row.keys() - TEXTS:
+                row[name] = json.loads(row[name] or "null")
+            rows.append(row)
+        except ValueError as error:
+            warnings.warn(f"{path}, line {number} is left out: {error}.", stacklevel=4)
+    return rows
+
+
+def _rounded(value: float) -> float | None:
+    return round(value, _DIGITS) if math.isfinite(value) else None

@@ -1,0 +1,330 @@
+"""Experiments that are too long for a notebook, and the command that runs them.
+
+``python notebooks/experiments.py list`` says what is defined, ``status`` what there is,
+and ``run NAME`` trains what the record in ``notebooks/results`` lacks (stop it with
+Ctrl-C and start it again as you like).
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import shutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import cpnb
+from cpnb.initializers import INITIALIZERS, unified
+from cpnb.methods import first_and_last, ranks_for
+from cpnb.train import REGISTRY, Comparison, Dataset, Recipe
+from networks import AlexNet, ResNet
+
+REGISTRY |= {"ResNet-20": partial(ResNet, 20), "ResNet-32x2": partial(ResNet, 32, 2)}
+REGISTRY["AlexNet"] = AlexNet
+
+RESULTS = Path(__file__).resolve().parent / "results"
+KEPT = (1.0, 0.9, 0.75, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05)  # of the components
+
+# The authors' ranks, read from their public code.
+RANKS = {
+    "LeNet": dict(conv1=11, conv2=270, fc1=128, fc2=10),
+    "AlexNet": dict(conv1=36, conv2=571, conv3=1626, conv4=1948, conv5=1644, fc1=1024,
+                    fc2=512, fc3=10),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What it is in a line, where its size fits, and arguments of `cpnb.compare`."""
+
+    title: str
+    data: Callable[[], Dataset]
+    recipes: Sequence[Recipe]
+    rates: Sequence[float]
+    tune_seeds: Sequence[int] = (100,)
+    seeds: Sequence[int] = range(5)
+    device: str = "cpu"
+    measure: Mapping[str, Any] | None = None
+
+
+@lru_cache(maxsize=1)
+def first_images(
+    name: str, train_size: int | None = None, validation_size: int | None = None
+) -> Dataset:
+    """Load a data set with the first of its training and validation images."""
+    data = cpnb.load_data(name, train_size=train_size)
+    images, labels = (part[:validation_size] for part in data.validation)
+    validation = replace(data.validation, images=images, labels=labels)
+    return replace(data, validation=validation)
+
+
+def unified_small(shape: Sequence[int], rank: int, **options: Any) -> Any:
+    """As `unified`, with the variance of torch's dense default, Kaiming's / 6.
+
+    The control for ``"power"`` and ``"als"``, which fit kernels of this variance.
+    """
+    lam, factors = unified(shape, rank, **options)
+    return lam / math.sqrt(6), factors
+
+
+STARTS = {**INITIALIZERS, "unified_small": unified_small}
+
+
+def started(network: nn.Module, rank: Any, init: str, generator: Any) -> nn.Module:
+    """Canonical form from any of `STARTS`."""
+    return cpnb.canonicalize(network, rank=rank, init=STARTS[init], generator=generator)
+
+
+def with_share(
+    network: nn.Module, share: float, init: str, generator: torch.Generator
+) -> nn.Module:
+    """A share of the parameters, in CP or low-rank form; first and last layer dense."""
+    skip = first_and_last(network)
+    form, convert = "low_rank", cpnb.factorize
+    if init in STARTS:
+        form, convert = "cp", cpnb.canonicalize
+    ranks = ranks_for(network, share, form=form, skip=skip)
+    return convert(network, rank=ranks, init=init, skip=skip, generator=generator)
+
+
+def truncation_curve(
+    network: nn.Module, data: Dataset, recipe: Recipe, seed: int, **settings: Any
+) -> list[dict[str, Any]]:
+    """Test accuracies of a network cut to `KEPT`, before and after training on.
+
+    Cut are a nested network's last components, another's smallest |λ|. None where the
+    training, with the ``settings`` of `cpnb.fit`, diverged.
+    """
+    key = "nested" if "NestedRank" in recipe.hooks else "lam"
+    rows = []
+    for keep in KEPT:
+        cut = cpnb.truncate(network, keep=keep, key=key, progress=False)
+        row: dict[str, Any] = {"keep": keep}
+        row["parameters"] = sum(parameter.numel() for parameter in cut.parameters())
+        row["before"] = cpnb.accuracy(cut, data.test)
+        run = cpnb.fit(cut, data, seed=seed, progress=False, **settings)
+        if run.status == "interrupted":
+            raise KeyboardInterrupt
+        done = run.status == "finished"
+        rows.append(row | {"after": cpnb.accuracy(cut, data.test) if done else None})
+    return rows
+
+
+for function in (started, with_share, truncation_curve):
+    REGISTRY[function.__name__] = function
+
+PEERS = (
+    "none batch weight weight_data_init spectral standardized conditioned scaling oni"
+)
+
+
+def normalizations(
+    network: str,
+    settings: Mapping[str, Any],
+    peers: Sequence[str] = PEERS.split(),
+    inits: Sequence[str] = ("unified", "gaussian", "uniform", "power"),
+) -> list[Recipe]:
+    """The peers, and the canonical form at the authors' ranks from each start."""
+    # Standardized kernels want a norm layer behind them; a gain takes its place.
+    options: dict[str, Any] = {"standardized": {"gain": math.sqrt(2)}}
+    rows = [(name, name, options.get(name, {})) for name in peers]
+    for init in inits:
+        start = {"rank": RANKS[network], "init": init}
+        rows.append((f"canonical-{init}", "canonical", start))
+    return [
+        Recipe(name, network, normalizer, options, settings=settings)
+        for name, normalizer, options in rows
+    ]
+
+
+def compressed(network: str, share: float, settings: Mapping[str, Any]) -> list[Recipe]:
+    """A network, and the same with a share of its parameters, factorised in six ways.
+
+    Spectral initialisation (SI) splits the dense start; Frobenius decay (FD) replaces
+    the factors' weight decay, not that of σ: before a batch norm it would go to zero.
+    """
+    rows: list[tuple[str, str, list[Any]]] = [
+        ("low-rank", "kaiming", []),
+        ("SI", "spectral", []),
+        ("FD", "kaiming", ["FrobeniusDecay"]),
+        ("SI+FD", "spectral", ["FrobeniusDecay"]),
+        ("CP", "unified", []),
+        ("CP+FD", "unified", [{"name": "FrobeniusDecay", "scale": False}]),
+    ]
+    return [Recipe("dense", network, settings=settings)] + [
+        Recipe(name, network, "with_share", dict(share=share, init=i), hooks, settings)
+        for name, i, hooks in rows
+    ]
+
+
+# The authors' settings: no momentum, no weight decay, a constant rate.
+SGD: dict[str, Any] = {"optimizer": "sgd", "momentum": 0.0, "schedule": None}
+RMSPROP: dict[str, Any] = {"optimizer": "rmsprop", "schedule": None}
+SGD_RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
+# A few steps are enough to show who starts fast; twice as many for the same images.
+SHORT: dict[str, Any] = {"epochs": 4, "batch_size": 32}
+MOVED = {"crop": 4, "flip": True}
+ALEXNET = {"epochs": 40, "batch_size": 128, "augment": MOVED}
+# As in the papers of residual networks.
+RESNET = {"optimizer": "sgd", "momentum": 0.9, "schedule": "step", "epochs": 60}
+RESNET |= {"batch_size": 128, "augment": MOVED}
+FIRST_2000 = "reduced size for a CPU: 2,000 training images, 4 epochs, 5 seeds"
+GPU: dict[str, Any] = {"tune_seeds": (100, 101), "device": "cuda"}
+LENET: dict[str, Any] = {"rank": RANKS["LeNet"]}
+STARTING = {"epochs": 3, "batch_size": 64, "optimizer": "adam"}
+CUTTING = {"epochs": 6, "batch_size": 32}
+
+# fmt: off
+EXPERIMENTS = {
+    "initialization-mnist": Experiment(
+        "MNIST, LeNet, six starts, reduced size for a CPU: 6,000 training images, "
+        "3 epochs, 5 seeds",
+        partial(first_images, "mnist", 6000, 1000),
+        [Recipe(init, "LeNet", "started", LENET | {"init": init}, settings=STARTING)
+         for init in "unified power unified_small als gaussian uniform".split()],
+        (3e-4, 1e-3, 3e-3, 1e-2),
+    ),
+    "mnist-lenet-sgd-cpu": Experiment(
+        f"MNIST, LeNet, SGD, {FIRST_2000}", partial(first_images, "mnist", 2000, 1000),
+        normalizations("LeNet", SGD | SHORT), SGD_RATES,
+    ),
+    "mnist-lenet-rmsprop-cpu": Experiment(
+        f"MNIST, LeNet, RMSprop, {FIRST_2000}",
+        partial(first_images, "mnist", 2000, 1000),
+        normalizations("LeNet", RMSPROP | SHORT), (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
+    ),
+    "fashion-lenet-sgd-cpu": Experiment(
+        f"Fashion-MNIST, LeNet, SGD, {FIRST_2000}",
+        partial(first_images, "fashion_mnist", 2000, 1000),
+        normalizations("LeNet", SGD | SHORT), SGD_RATES,
+    ),
+    "mnist-lenet-sgd": Experiment(
+        "MNIST, LeNet, SGD, full size: all images, 20 epochs, 10 seeds (GPU)",
+        partial(first_images, "mnist"),
+        normalizations("LeNet", SGD | {"epochs": 20, "batch_size": 64}), SGD_RATES,
+        seeds=range(10), **GPU,
+    ),
+    "cifar10-alexnet-sgd": Experiment(
+        "CIFAR-10, AlexNet, SGD, crops and flips, 40 epochs, 5 seeds (GPU)",
+        partial(first_images, "cifar10"),
+        normalizations("AlexNet", SGD | ALEXNET), SGD_RATES, **GPU,
+    ),
+    "svhn-alexnet-sample-cpu": Experiment(
+        "SVHN's first 1,083 crops, AlexNet, SGD, five methods, a sample for a CPU: "
+        "5 epochs, 3 seeds",
+        partial(first_images, "svhn_first_1083"),
+        normalizations("AlexNet", SGD | SHORT | {"epochs": 5},
+                       ("none", "batch", "weight"), ("unified", "gaussian")),
+        (0.01, 0.03, 0.1), seeds=range(3),
+    ),
+    "cifar100-resnet20": Experiment(
+        "CIFAR-100, ResNet-20 with batch norm, SGD with momentum, crops and flips, "
+        "60 epochs, 5 seeds (GPU)",
+        partial(first_images, "cifar100"),
+        [Recipe(name, "ResNet-20", name, settings=RESNET | {"weight_decay": 5e-4})
+         for name in "none weight conditioned scaling canonical".split()],
+        (0.01, 0.03, 0.1, 0.3), **GPU,
+    ),
+    "cifar10-resnet32x2-tenth": Experiment(
+        "CIFAR-10, ResNet-32×2 at 10 % of its parameters in six factorised forms, SGD "
+        "with momentum, crops and flips, 60 epochs, 3 seeds (GPU)",
+        partial(first_images, "cifar10"),
+        compressed("ResNet-32x2", 0.1, RESNET | {"weight_decay": 1e-4}),
+        (0.01, 0.03, 0.1, 0.3), seeds=range(3), device="cuda",
+    ),
+    "truncation-mnist-lenet-cpu": Experiment(
+        "MNIST, LeNet cut to 100…5 % of its components, before and after fine-tuning, "
+        "trained plainly and nested, reduced size for a CPU: 24,000 training images, "
+        "6 epochs, 5 seeds",
+        partial(first_images, "mnist", 24000, 1000),
+        [Recipe(name, "LeNet", "canonical", LENET | {"init": "unified"}, hooks, CUTTING)
+         for name, hooks in (("plain", []), ("nested", ["NestedRank"]))],
+        (2e-3, 4e-3), tune_seeds=(100, 101),
+        measure=dict(name="truncation_curve", batch_size=64, lr=1e-3, epochs=1),
+    ),
+}
+# fmt: on
+
+
+def read_results(folder: Path | str = RESULTS) -> dict[str, Comparison]:
+    """The records in a folder, by experiment."""
+    made = [name for name in EXPERIMENTS if Path(folder, name, "recipes.json").exists()]
+    return {name: Comparison.load(Path(folder, name)) for name in made}
+
+
+def status(name: str, found: Comparison | None) -> str:
+    """What there is of an experiment."""
+    if found is None:
+        return "no record"
+    experiment, runs = EXPERIMENTS[name], found.runs
+    defined = {recipe.name: recipe for recipe in experiment.recipes}
+    plan = [[*experiment.rates], [*experiment.tune_seeds], [*experiment.seeds]]
+    state = "not complete" if found.missing() else "complete"
+    if (defined, plan) != (found.recipes, [found.rates, found.tune_seeds, found.seeds]):
+        state = "not as it is defined now"
+    return f"{state}, {len(runs)} trainings, {runs.seconds.sum() / 60:.0f} minutes"
+
+
+def main(arguments: Sequence[str] | None = None, folder: Path = RESULTS) -> int:
+    """Run the command, whose words are in the module's docstring; its exit status."""
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("list", help="what is defined")
+    commands.add_parser("status", help="what there is")
+    training = commands.add_parser("run", help="train what a record lacks")
+    training.add_argument("name", choices=EXPERIMENTS)
+    training.add_argument("--again", action="store_true", help="delete it first")
+    training.add_argument("--workers", type=int, default=1, help="of one thread each")
+    training.add_argument("--device", help="the experiment's own if left out")
+    options = parser.parse_args(arguments)
+    if options.command == "run":
+        return run(options, folder)
+    found = read_results(folder)
+    for name, experiment in EXPERIMENTS.items():
+        is_list = options.command == "list"
+        text = experiment.title if is_list else status(name, found.get(name))
+        print(f"{name}: {text}")
+    return 0
+
+
+def run(options: argparse.Namespace, folder: Path) -> int:
+    """Train what the record of an experiment lacks, in one or more processes."""
+    name = options.name
+    plan = dict(vars(EXPERIMENTS[name]))
+    plan["device"] = device = options.device or plan["device"]
+    del plan["title"]
+    if options.again:
+        shutil.rmtree(folder / name, ignore_errors=True)
+    state = status(name, read_results(folder).get(name))
+    if state.startswith("complete"):
+        print(f"{name}: {state}, nothing trained; see --again")
+        return 0
+    if device == "cuda" and not torch.cuda.is_available():
+        print(f"{name} is made for a GPU and there is none; see --device")
+        return 1
+    pool: Any = nullcontext()
+    if options.workers > 1:
+        threads = {"initializer": torch.set_num_threads, "initargs": (1,)}
+        pool = ProcessPoolExecutor(options.workers, get_context("spawn"), **threads)
+    try:
+        with pool as executor:
+            done = cpnb.compare(**plan, executor=executor, path=folder / name)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on with the next training")
+        return 130
+    print(done.table().to_string())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
