@@ -1,1 +1,0 @@
-"""Parts of `cpnb.diagnostics`, one question to a file."""

@@ -1,1 +1,0 @@
-"""Behind `cpnb.widgets`: answers, measuring in the background, and the picture."""

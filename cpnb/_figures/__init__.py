@@ -1,1 +1,0 @@
-"""Behind `cpnb.plots`: style, curves over ranks, and pictures of kernels."""

@@ -1,1 +1,0 @@
-"""Behind `cpnb.sweep`: the table, its points and files, and how they are measured."""

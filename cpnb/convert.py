@@ -1,0 +1,343 @@
+"""Layers and whole models between stock torch and CP form.
+
+Conversions are exact or refuse; only the fit of a lower rank loses something. Every
+one walks a model the same way: `layers_to_convert`, then `replace_layers`.
+"""
+
+import copy
+import functools
+import types
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cpnb.cp import CPForm, Rank, resolve_rank
+from cpnb.initializers import resolve_init
+from cpnb.layers import CPConv1d, CPConv2d, CPConv3d, CPLayer, CPLinear, FactoredLayer
+
+__all__ = ["canonicalize", "cp_layers", "from_layer", "to_dense"]
+
+
+Skip = str | Iterable[str] | Callable[[str, nn.Module], bool]
+Ranks = Rank | Mapping[str, Rank]
+
+CP_KINDS: dict[type, type[CPLayer]] = {
+    kind.stock: kind for kind in (CPConv1d, CPConv2d, CPConv3d, CPLinear)
+}
+_RELATED = (nn.modules.conv._ConvNd, nn.Linear, nn.LazyLinear, nn.Bilinear)
+
+
+def from_layer(
+    layer: Any,
+    *,
+    rank: Rank,
+    init: str | Callable[..., CPForm] = "power",
+    generator: torch.Generator | None = None,
+) -> CPLayer:
+    """Put a stock convolution or linear layer into CP form.
+
+    All else is kept, with a copy of the bias; the source layer is not touched.
+
+    Args:
+        layer: An `nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d` or `nn.Linear`.
+        rank: As in `CPConv2d`, or a function such as ``cpnb.methods.fit_rank(0.1)``.
+        init: ``"power"`` or ``"als"`` fit the layer's kernel; the random starts keep
+            only its shape.
+        generator: Source of randomness; torch's default one if None.
+
+    Raises:
+        TypeError: If the layer is of another type or has state that would be lost.
+
+    >>> from_layer(nn.Linear(6, 4), rank=4)
+    CPLinear(6, 4, rank=4 (1.33 of break-even 3))
+    """
+    reason = refusal(layer, CP_KINDS)
+    if reason:
+        raise TypeError(f"layer is a {type(layer).__name__}: {reason}.")
+    start = resolve_init(init)
+    # As the fits see it: without modes of size 1.
+    kernel = layer.weight.detach()
+    kernel = kernel.reshape([n for n in kernel.shape if n > 1] or [1])
+    return converted(
+        layer,
+        CP_KINDS[type(layer)],
+        rank=resolve_rank(rank, kernel.shape, kernel),
+        init=start,
+        generator=generator,
+    )
+
+
+def converted(
+    layer: Any, kind: Any, *, init: Callable[..., Any], **options: Any
+) -> Any:
+    """Build the factored layer of class ``kind`` that stands for a stock layer.
+
+    ``init`` is a start of that class, which is called with the layer's ``weight``.
+    """
+    new = kind(
+        *kind.arguments(layer),
+        init=functools.partial(init, weight=layer.weight.detach()),
+        device=layer.weight.device,
+        dtype=layer.weight.dtype,
+        **options,
+    )
+    new.init = init
+    for name, parameter in new.named_parameters():
+        if name != "bias":
+            parameter.requires_grad_(layer.weight.requires_grad)
+    _copy_bias(layer.bias, new.bias)
+    return new.train(layer.training)
+
+
+def canonicalize(
+    model: nn.Module,
+    *,
+    rank: Ranks = "same",
+    init: str | Callable[..., CPForm] = "unified",
+    skip: Skip = (),
+    generator: torch.Generator | None = None,
+) -> nn.Module:
+    """Copy a model with every convolution and linear layer in CP form.
+
+    Layers already in CP form stay as they are. The source model is not touched.
+
+    Args:
+        model: Any module; also a single layer.
+        rank: As in `from_layer`, for every layer, or a mapping from each layer's name;
+            `cpnb.methods.ranks_for` makes one from a budget of the whole model.
+        init: ``"power"`` or ``"als"`` fit the present kernels; the random starts, as
+            for a network trained from scratch, keep only their shapes.
+        skip: Names of layers to leave alone, or a predicate ``(name, layer) -> bool``.
+        generator: Source of randomness; torch's default one if None.
+
+    Returns:
+        A new model.
+
+    Raises:
+        TypeError: If a layer that is not skipped cannot be converted exactly.
+        ValueError: If weights are tied, or there is nothing to convert.
+
+    >>> net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> canonicalize(net, rank=3, skip="2")
+    Sequential(
+      (0): CPLinear(8, 8, rank=3 (0.75 of break-even 4))
+      (1): ReLU()
+      (2): Linear(in_features=8, out_features=2, bias=True)
+    )
+    """
+    layers = layers_to_convert(model, skip, CP_KINDS)
+    if not layers and not cp_layers(model):
+        raise ValueError(
+            f"model is a {type(model).__name__} with no convolution or linear layer to "
+            "convert. Check the model and skip."
+        )
+    ranks = named_ranks(rank, layers)
+    return replace_layers(
+        model,
+        {
+            name: from_layer(layer, rank=ranks[name], init=init, generator=generator)
+            for name, layer in layers.items()
+        },
+    )
+
+
+def to_dense(model: nn.Module) -> nn.Module:
+    """Copy a model with every CP or low-rank layer as the stock layer it stands for.
+
+    The result holds no trace of cpnb, so that anything that takes torch modules takes
+    it. The source model is not touched.
+
+    Args:
+        model: Any module; also a single layer.
+
+    >>> to_dense(nn.Sequential(CPLinear(8, 2)))
+    Sequential(
+      (0): Linear(in_features=8, out_features=2, bias=True)
+    )
+    """
+    modules = model.named_modules()
+    return replace_layers(
+        model, {n: _stock_layer(m) for n, m in modules if isinstance(m, FactoredLayer)}
+    )
+
+
+def cp_layers(model: nn.Module) -> dict[str, CPLayer]:
+    """The CP layers of a model by name, in the order of its modules.
+
+    >>> list(cp_layers(nn.Sequential(CPLinear(8, 4), nn.ReLU(), CPLinear(4, 2))))
+    ['0', '2']
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model is a {type(model).__name__}, expected a torch.nn.Module."
+        )
+    modules = model.named_modules()
+    return {name: layer for name, layer in modules if isinstance(layer, CPLayer)}
+
+
+def layers_to_convert(
+    model: nn.Module, skip: Skip, kinds: Iterable[type]
+) -> dict[str, Any]:
+    """Convolutions and linear layers by name, but for those to skip; or refuse them."""
+    skipped = skip_rule(model, skip)
+    layers: dict[str, nn.Module] = {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, _RELATED) and not skipped(name, layer)
+    }
+    for name, layer in layers.items():
+        reason = refusal(layer, kinds)
+        if reason:
+            raise TypeError(
+                f"layer {name!r} is a {type(layer).__name__}: {reason}. To leave it "
+                f"alone, pass skip=({name!r},)."
+            )
+    return layers
+
+
+def replace_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module:
+    """Copy a model with some of its submodules, by name, replaced; or refuse it."""
+    if "" in layers:
+        return layers[""]
+    for owner, module in model.named_modules():
+        for name, value in vars(module).items():
+            if _holds_module(value):
+                raise TypeError(
+                    f"attribute {name!r} of module {owner!r} is a function that holds "
+                    "a module: a copy of the model would still compute with this "
+                    "one's layers. Make the module an attribute and call that."
+                )
+    replaced = {name: model.get_submodule(name) for name in layers}
+    _refuse_tied(model, replaced)
+    # The replaced layers need no copying: the memo says their copies are the new ones.
+    return copy.deepcopy(model, {id(replaced[n]): new for n, new in layers.items()})
+
+
+def _holds_module(value: Any, seen: tuple[Any, ...] = ()) -> bool:
+    """Whether a function, also in a list or within another, keeps a module."""
+    if isinstance(value, functools.partial):
+        value = value.func
+    if isinstance(value, list | tuple):
+        return any(_holds_module(one, seen) for one in value)
+    if not isinstance(value, types.FunctionType) or value in seen:
+        return False
+    kept = [cell.cell_contents for cell in value.__closure__ or ()]
+    kept += [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+    return any(
+        isinstance(getattr(one, "__self__", one), nn.Module)
+        or _holds_module(one, (*seen, value))
+        for one in kept
+    )
+
+
+def skip_rule(model: nn.Module, skip: Skip) -> Callable[[str, nn.Module], bool]:
+    """Turn names to skip into a predicate; refuse names that are no layer."""
+    if callable(skip):
+        return skip
+    names = {skip} if isinstance(skip, str) else set(skip)
+    kinds = (*_RELATED, FactoredLayer)
+    modules = model.named_modules(remove_duplicate=False)
+    known = {name for name, layer in modules if isinstance(layer, kinds)}
+    if names - known:
+        raise ValueError(
+            f"skip names {sorted(names - known)}, expected some of {sorted(known)}."
+        )
+    return lambda name, layer: name in names
+
+
+def named_ranks(rank: Ranks, names: Iterable[str]) -> dict[str, Rank]:
+    """One rank for each layer: the same for all, or from a mapping of just these."""
+    names = list(names)
+    if not isinstance(rank, Mapping):
+        return dict.fromkeys(names, rank)
+    if set(rank) != set(names):
+        raise ValueError(
+            f"rank lacks {sorted(set(names) - set(rank))} and has unknown "
+            f"{sorted(set(rank) - set(names))}, expected exactly the layers to "
+            f"convert: {names}. Layers to leave alone go in skip."
+        )
+    return dict(rank)
+
+
+def refusal(layer: Any, kinds: Iterable[type]) -> str | None:
+    """Why a layer cannot be converted exactly, or None if it can."""
+    if nn.utils.parametrize.is_parametrized(layer):
+        return (
+            "it is parametrized; call cpnb.methods.remove_normalizer first, which "
+            "gives the same function with stock layers"
+        )
+    if type(layer) not in kinds:
+        names = ", ".join(kind.__name__ for kind in kinds)
+        return f"expected exactly one of {names}, and no subclass"
+    return lost_state(layer)
+
+
+def lost_state(layer: Any) -> str | None:
+    """What a layer holds that its constructor did not put there, or None."""
+    hooks = (
+        layer._forward_hooks,
+        layer._forward_pre_hooks,
+        layer._backward_hooks,
+        layer._backward_pre_hooks,
+        *(parameter._backward_hooks for parameter in layer.parameters()),
+    )
+    if any(hooks):
+        return "it has hooks, which would be lost; remove them first"
+    if isinstance(layer, FactoredLayer):
+        plain = type(layer)(*layer.arguments(layer), rank=1, device="meta")
+    else:
+        plain = type(layer)(1, 1, 1, device="meta")
+    known = {*vars(plain), *plain._parameters, *plain._buffers, *plain._modules}
+    held = {*vars(layer), *layer._parameters, *layer._buffers, *layer._modules}
+    if held - known:
+        own = ", ".join(sorted(held - known))
+        return f"it has attributes of its own, {own}, which would be lost"
+    return None
+
+
+def _refuse_tied(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    """Refuse to change layers that share a parameter, or its memory, with another."""
+
+    def place(parameter: Tensor) -> tuple[Any, Any]:
+        if nn.parameter.is_lazy(parameter):
+            return id(parameter), 0
+        return parameter.untyped_storage()._cdata, parameter.storage_offset()
+
+    owners: dict[tuple[Any, Any], list[str]] = {}
+    for prefix, module in model.named_modules():  # a layer used twice comes once
+        for name, parameter in module.named_parameters(prefix, recurse=False):
+            owners.setdefault(place(parameter), []).append(name)
+    for name, layer in layers.items():
+        for parameter in layer.parameters():
+            shared = owners[place(parameter)]
+            if len(shared) > 1:
+                raise ValueError(
+                    f"layer {name!r} shares a parameter: {' and '.join(shared)} are "
+                    "the same tensor, which layers of their own would untie. "
+                    "Pass the layers in skip, or untie them first."
+                )
+
+
+def _stock_layer(layer: Any) -> nn.Module:
+    reason = lost_state(layer)
+    if reason:
+        raise TypeError(f"layer is a {type(layer).__name__}: {reason}.")
+    with torch.enable_grad():  # to see whether any part of it is trained
+        weight = layer.weight
+    stock: Any = nn.utils.skip_init(
+        layer.stock, *layer.arguments(layer), device=weight.device, dtype=weight.dtype
+    )
+    with torch.no_grad():
+        stock.weight.copy_(weight)
+    stock.weight.requires_grad_(weight.requires_grad)
+    _copy_bias(layer.bias, stock.bias)
+    return stock.train(layer.training)
+
+
+@torch.no_grad()
+def _copy_bias(source: Tensor | None, target: Tensor | None) -> None:
+    if source is not None and target is not None:
+        target.copy_(source)
+        target.requires_grad_(source.requires_grad)

@@ -1,0 +1,248 @@
+"""Look into a network: is it well conditioned, and how sharp is its loss?
+
+Nothing is changed: parameters, gradients and flags are afterwards what they were.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from cpnb.layers import CPLayer, evaluation_mode
+from cpnb.train.evaluation import images_and_labels, placement
+
+__all__ = ["loss_slice", "spectrum", "spectrum_report", "top_hessian_eigenvalue"]
+
+_CHUNK = 1000  # images per pass
+
+
+class Spectrum(NamedTuple):
+    """Numbers of a kernel's unfolding, one row per output.
+
+    Attributes:
+        singular_values: s in descending order. With groups those of all together, which
+            are those of the block-diagonal matrix from inputs to outputs.
+        condition_number: κ, the largest over the smallest; ∞ if the smallest is no more
+            than rounding makes, ``½ √(rows + columns + 1) · eps`` times the largest.
+        effective_rank: ``exp(−Σ p ln p)``, ``p = s/Σs``. Roy & Vetterli 2007, EUSIPCO.
+        stable_rank: ``‖W‖_F² / ‖W‖₂²``, 0 for a zero kernel.
+        row_spread: The largest 2-norm of a row over the smallest; ∞ if one is zero.
+    """
+
+    singular_values: Tensor
+    condition_number: float
+    effective_rank: float
+    stable_rank: float
+    row_spread: float
+
+
+@torch.no_grad()
+def spectrum(kernel: Tensor | nn.Module) -> Spectrum:
+    """Measure the singular values of a kernel, unfolded with one row per output.
+
+    Args:
+        kernel: A kernel of shape ``(out, in, *size)`` or a matrix ``(out, in)``, or any
+            layer with such a ``weight``, also with groups or transposed.
+
+    >>> found = spectrum(torch.diag(torch.tensor([3.0, 3.0, 1.0])))
+    >>> round(found.condition_number, 3), round(found.stable_rank, 3)
+    (3.0, 2.111)
+    >>> spectrum(torch.ones(4, 3)).condition_number
+    inf
+    """
+    weight: Any = kernel
+    if isinstance(kernel, CPLayer):
+        # In float64, so that rounding does not fill up a kernel of lower rank.
+        weight = copy.deepcopy(kernel).double().weight
+    elif isinstance(kernel, nn.Module):
+        with evaluation_mode(kernel):  # where looking does not change a parametrization
+            weight = kernel.weight
+    blocks = weight.unflatten(0, (getattr(kernel, "groups", 1), -1))
+    if getattr(kernel, "transposed", False):  # stored as (in, out / groups, …)
+        blocks = blocks.transpose(1, 2)
+    eps = torch.finfo(blocks.dtype).eps
+    blocks = blocks.flatten(2).double().cpu()
+    values = torch.linalg.svdvals(blocks).flatten().sort(descending=True).values
+    largest, smallest = values[0].item(), values[-1].item()
+    rounding = 0.5 * math.sqrt(sum(blocks.shape[1:]) + 1) * eps * largest
+    share = values / (values.sum() or 1)
+    rows = blocks.norm(dim=2)
+    return Spectrum(
+        singular_values=values,
+        condition_number=math.inf if smallest <= rounding else largest / smallest,
+        effective_rank=torch.special.entr(share).sum().exp().item(),
+        stable_rank=(values / (largest or 1)).square().sum().item(),
+        row_spread=(rows.max() / rows.min()).item() if rows.min() else math.inf,
+    )
+
+
+def spectrum_report(model: nn.Module) -> pd.DataFrame:
+    """Measure the spectrum of every layer of a model that has a kernel.
+
+    A layer made of layers, as one of low rank, counts once if it has a ``weight``.
+
+    Returns:
+        By layer name the ``shape`` of the kernel and the numbers of `Spectrum`.
+    """
+    rows = {}
+    inside: set[nn.Module] = set()
+    with evaluation_mode(model), torch.no_grad():
+        for name, module in model.named_modules():
+            weight = getattr(module, "weight", None)
+            if module in inside or not isinstance(weight, Tensor) or weight.ndim < 2:
+                continue
+            inside.update(module.modules())
+            shape = {"shape": "×".join(map(str, weight.shape))}
+            rows[name or type(module).__name__] = shape | spectrum(module)._asdict()
+    return pd.DataFrame.from_dict(rows, orient="index").drop(columns="singular_values")
+
+
+class TopEigenvalue(NamedTuple):
+    """The largest eigenvalue of a Hessian H, and what it took."""
+
+    value: float  # with its sign: the sharpest upward curve
+    residual: float  # ‖Hv − value·v‖; some eigenvalue of H is no further from value
+    products: int  # of the Hessian and a vector
+
+
+def top_hessian_eigenvalue(
+    model: nn.Module,
+    data: Any,
+    *,
+    tolerance: float = 0.01,
+    generator: torch.Generator | None = None,
+    progress: bool = True,
+) -> TopEigenvalue:
+    """Find the largest eigenvalue of the Hessian of the mean cross entropy.
+
+    H is that for all parameters with ``requires_grad``, as the model stores them; a
+    Lanczos iteration multiplies it with vectors.
+
+    Args:
+        model: Maps images ``(n, ...)`` to scores ``(n, classes)``.
+        data: A data set, of which the training split is used, or a pair
+            ``(images, labels)``.
+        tolerance: Residual, relative to the eigenvalue, at which the search ends.
+        generator: Source of the start vector; torch's default one if None.
+        progress: Count the products in a text progress bar.
+
+    Source: Pearlmutter 1994, doi:10.1162/neco.1994.6.1.147 (the product).
+    """
+    from scipy.sparse import linalg
+    from tqdm import tqdm
+
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    chunks = _chunks(model, data)
+    count = sum(len(labels) for _, labels in chunks)
+    bar: Any = tqdm(desc="Hessian-vector products", disable=not progress, leave=False)
+    products = 0
+
+    def flat_gradient(value: Tensor, **options: Any) -> Tensor:
+        options |= {"allow_unused": True, "materialize_grads": True}
+        parts = torch.autograd.grad(value, parameters, **options)
+        return torch.cat([part.flatten() for part in parts])
+
+    def slope(images: Tensor, labels: Tensor) -> Tensor:
+        loss = F.cross_entropy(model(images), labels, reduction="sum") / count
+        return flat_gradient(loss, create_graph=True)
+
+    def product(vector: np.ndarray) -> np.ndarray:
+        nonlocal products
+        products += 1
+        bar.update()
+        direction = torch.from_numpy(vector.ravel()).to(parameters[0])
+        total = torch.zeros_like(direction)
+        for gradient in kept or (slope(*chunk) for chunk in chunks):
+            total += flat_gradient(gradient @ direction, retain_graph=True)
+        return total.double().cpu().numpy()
+
+    size = sum(p.numel() for p in parameters)
+    start = _draw((size,), generator).cpu().numpy()
+    hessian = linalg.LinearOperator((size, size), matvec=product, dtype=np.float64)
+    with evaluation_mode(model), torch.enable_grad(), bar:
+        # The graph of a single chunk is kept; of many, only one fits in memory.
+        kept = [slope(*chunks[0])] if len(chunks) == 1 else []
+        (value,), vector = linalg.eigsh(hessian, 1, which="LA", tol=tolerance, v0=start)
+        residual = np.linalg.norm(product(vector) - value * vector[:, 0])
+    return TopEigenvalue(float(value), float(residual), products)
+
+
+@torch.no_grad()
+def loss_slice(
+    model: nn.Module,
+    data: Any,
+    *,
+    span: float = 1.0,
+    points: int = 41,
+    generator: torch.Generator | None = None,
+    progress: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Evaluate the loss along a random line on which filters move by their norms.
+
+    The direction is a Gaussian draw for each parameter of two modes or more, scaled so
+    that every filter ``d_o`` (first index o) has the norm of the model's own ``w_o``.
+    In a CP layer the columns of the factors are filters, and λ is one; so are the
+    lengths of weight normalization. Biases, norm layers and σ stay where they are.
+
+    Args:
+        model: Maps images ``(n, ...)`` to scores ``(n, classes)``.
+        data: As in `top_hessian_eigenvalue`.
+        span: Largest offset; at 1 each filter has moved by its own norm.
+        points: Number of points; an odd one has the model itself.
+        generator: Source of the direction; torch's default one if None.
+        progress: Show a text progress bar.
+
+    Returns:
+        Offsets from the model and mean cross entropies in nats. Shape ``(points,)``.
+
+    Source: Li et al. 2018, arXiv:1712.09913; adapted here for CP layers.
+    """
+    from tqdm import tqdm
+
+    layers = [layer for layer in model.modules() if isinstance(layer, CPLayer)]
+    columns = {factor for layer in layers for factor in layer.factors}
+    lams = {layer.lam for layer in layers}
+    middle = dict(model.named_parameters())
+    line = {}
+    for name, values in middle.items():
+        if values.ndim < 2 and values not in lams:
+            continue
+        draw = _draw(values.shape, generator).to(values)
+        axes: Any = tuple(range(1, values.ndim)) if values[0].numel() > 1 else None
+        axes = 0 if values in columns else axes
+        norms = [x.square().sum(axes, keepdim=True).sqrt() for x in (values, draw)]
+        line[name] = draw * (norms[0] / norms[1])
+    chunks = _chunks(model, data)
+    offsets = span * (2 * torch.arange(points).double() / (points - 1) - 1)
+    losses = torch.zeros_like(offsets)
+    steps = tqdm(offsets.tolist(), "loss slice", unit=" points", disable=not progress)
+    with evaluation_mode(model):
+        for n, offset in enumerate(steps):
+            moved = middle | {name: middle[name] + offset * line[name] for name in line}
+            for images, labels in chunks:
+                scores = functional_call(model, moved, (images,)).double()
+                losses[n] += F.cross_entropy(scores, labels, reduction="sum").cpu()
+    return offsets, losses / sum(len(labels) for _, labels in chunks)
+
+
+def _chunks(model: nn.Module, data: Any) -> list[tuple[Tensor, Tensor]]:
+    """Training images and labels in chunks, where the model is."""
+    images, labels = images_and_labels(data, "train")
+    device, dtype = placement(model, images)
+    images, labels = images.to(device, dtype), labels.to(device, torch.long)
+    return list(zip(images.split(_CHUNK), labels.split(_CHUNK), strict=True))
+
+
+def _draw(shape: Sequence[int], generator: torch.Generator | None) -> Tensor:
+    """A Gaussian draw, float64, the same on every device."""
+    device = generator.device if generator is not None else "cpu"
+    return torch.randn(shape, generator=generator, device=device, dtype=torch.float64)
