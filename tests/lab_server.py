@@ -9,20 +9,13 @@ import subprocess
 import sys
 import time
 import urllib.request
-from pathlib import Path
 
 TOKEN = "test"
-CONNECTION = "cpnb_lab.PromptConnection"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-BROWSER_ARGUMENTS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
+BROWSER_ARGUMENTS = (
+    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync "
+    "--disable-background-networking --disable-component-update"
+).split()
 FOLDERS = {
     "JUPYTER_CONFIG_DIR": "config",
     "JUPYTER_DATA_DIR": "data",
@@ -66,14 +59,7 @@ def find_browser():
     return next(filter(None, map(shutil.which, BROWSERS)), None)
 
 
-def free_port():
-    """A port nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def wait_until_up(url, process, log, *, seconds=60):
+def _wait_until_up(url, process, log, *, seconds=60):
     """Return once the server answers; show its log if it ends or stays silent."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and process.poll() is None:
@@ -86,14 +72,12 @@ def wait_until_up(url, process, log, *, seconds=60):
 
 
 @contextlib.contextmanager
-def jupyterlab(root, home, *, connection=CONNECTION, **variables):
+def jupyterlab(root, home, **variables):
     """Run JupyterLab on a folder, away from the user's own configuration.
 
     Args:
         root: Folder whose notebooks are served.
         home: Empty folder for configuration, kernels' data and the log.
-        connection: Class that joins kernel and browser, start.py's unless given; None
-            is JupyterLab's own.
         **variables: Environment of the kernels, beside the present one.
 
     Yields:
@@ -108,7 +92,10 @@ def jupyterlab(root, home, *, connection=CONNECTION, **variables):
         file = home / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
         file.parent.mkdir(parents=True)
         file.write_text(json.dumps(settings))
-    port, log = free_port(), home / "lab.log"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = home / "lab.log"
     command = [
         *(sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1"),
         *(f"--port={port}", "--ServerApp.port_retries=0", "--expose-app-in-browser"),
@@ -116,8 +103,6 @@ def jupyterlab(root, home, *, connection=CONNECTION, **variables):
         *("--LabApp.news_url=None", "--LabApp.extension_manager=readonly"),
         *("--ServerApp.allow_root=True", "--ServerApp.terminals_enabled=False"),
     ]
-    if connection is not None:
-        command.append(f"--ServerApp.kernel_websocket_connection_class={connection}")
     with (
         log.open("w") as file,
         subprocess.Popen(
@@ -126,7 +111,7 @@ def jupyterlab(root, home, *, connection=CONNECTION, **variables):
     ):
         try:
             address = f"http://127.0.0.1:{port}"
-            wait_until_up(f"{address}/api/status?token={TOKEN}", process, log)
+            _wait_until_up(f"{address}/api/status?token={TOKEN}", process, log)
             yield address
         finally:
             process.terminate()
@@ -137,40 +122,40 @@ class NotebookPage:
 
     Attributes:
         page: The playwright page.
+        console: Errors that the browser's console has shown.
     """
 
     def __init__(self, page, address, name, *, seconds=60):
         """Open the notebook ``name`` and wait until its kernel is idle."""
         self.page = page
+        self.console = []
+        page.on("pageerror", lambda error: self.console.append(str(error)))
         page.goto(f"{address}/doc/tree/{name}?token={TOKEN}")
         page.wait_for_function(KERNEL_IS_READY, timeout=1000 * seconds)
 
     def run_all(self):
         """Run every cell and wait for the last; an error in a cell fails the test."""
         finished = self.page.evaluate(RUN_ALL)
-        assert finished, self.page.evaluate(ERRORS)
+        assert finished, self.errors()
 
     def errors(self):
         """List the errors that cells show."""
         return self.page.evaluate(ERRORS)
 
     def ask(self, expression):
-        """Evaluate a Python expression in the kernel and return its value.
-
-        The value travels as JSON.
-        """
+        """Evaluate a Python expression in the kernel; its value travels as JSON."""
         code = f"import json; print(json.dumps({expression}))"
         return json.loads(self.page.evaluate(ASK_KERNEL, code))
 
 
 @contextlib.contextmanager
-def chromium(executable: str | Path):
+def chromium():
     """Start a headless Chromium; yields playwright's browser."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
-            executable_path=executable, headless=True, args=BROWSER_ARGUMENTS
+            executable_path=find_browser(), headless=True, args=BROWSER_ARGUMENTS
         )
         try:
             yield browser

@@ -1,21 +1,41 @@
-"""The tour in JupyterLab and Chromium, as a reader sees it and uses its explorer."""
+"""The rank explorer and `explore` in Chromium: a page from disk, and JupyterLab."""
 
+import json
 import re
-import shutil
-import time
 from pathlib import Path
 
+import jupytext
+import nbformat
 import pytest
+import torch
 from lab_server import NotebookPage, chromium, find_browser, jupyterlab
+
+import cpnb
 
 ROOT = Path(__file__).parents[1]
 WAIT = 30_000  # milliseconds; what is waited for comes within one or two seconds
 
-READ_IMAGE = """async ([image, expected]) => {
-    const bytes = new Uint8Array(await (await fetch(image.src)).arrayBuffer());
-    const text = bytes.reduce((text, byte) => text + String.fromCharCode(byte), "");
-    return btoa(text) === expected;
-}"""
+CELLS = [
+    "import cpnb",
+    """data = cpnb.load_data("digits")
+net = cpnb.canonicalize(cpnb.DigitsNet(), init="unified")
+cpnb.fit(net, data, epochs=2, progress=False)
+sweep = cpnb.rank_sweep(net, data, progress=False)""",
+    "explorer = cpnb.RankExplorer(sweep, net, data)\nexplorer",
+    """def draw(figure, rank, method):
+    figure.subplots().plot(range(rank))
+    return f"{method}, rank {rank}"
+
+box = cpnb.explore.explore(draw, rank=range(1, 85), method=["power", "als"])
+box""",
+]
+# The smallest text of an element, as the reader sees it, and whether it runs over.
+LAYOUT = """root => ({
+    text: Math.min(...[root, ...root.querySelectorAll("*")]
+        .filter(each => each.textContent && each.getClientRects().length)
+        .map(each => parseFloat(getComputedStyle(each).fontSize))),
+    over: document.documentElement.scrollWidth - window.innerWidth,
+})"""
 
 pytestmark = [
     pytest.mark.browser,
@@ -26,214 +46,277 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def tour(tmp_path_factory):
-    """The tour, run to its end in fast mode, in a page."""
-    folder = tmp_path_factory.mktemp("browser")
-    served, home = folder / "notebooks", folder / "home"
-    home.mkdir()
-    shutil.copytree(ROOT / "notebooks", served, ignore=shutil.ignore_patterns(".*"))
-    kernels = {"CPNB_FAST": "1", "PYTHONPATH": str(ROOT)}
-    with (
-        jupyterlab(served, home, **kernels) as address,
-        chromium(find_browser()) as browser,
-    ):
-        page = browser.new_page(viewport={"width": 1200, "height": 900})
-        notebook = NotebookPage(page, address, "00_tour.ipynb")
-        notebook.run_all()
-        yield notebook
+def browser():
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture(scope="module")
+def network():
+    generator = torch.Generator().manual_seed(0)
+    data = cpnb.load_data("digits")
+    net = cpnb.DigitsNet(generator=generator)
+    net = cpnb.canonicalize(net, init="unified", generator=generator)
+    cpnb.fit(net, data, epochs=4, progress=False)
+    return net, data
+
+
+@pytest.fixture(scope="module")
+def sweep(network):
+    return cpnb.rank_sweep(*network, progress=False)
 
 
 class Explorer:
-    """The rank explorer on the page, and what its kernel knows about it."""
+    """The rank explorer on a page, offline or in a notebook."""
 
-    def __init__(self, notebook):
-        """Find the widgets in the output that has a status line."""
+    def __init__(self, page):
         from playwright.sync_api import expect
 
-        page = notebook.page
-        self.notebook, self.expect = notebook, expect
-        output = page.locator(".jp-OutputArea-output", has=page.get_by_role("status"))
-        self.status = output.get_by_role("status")
-        self.image = output.locator("img").first
-        self.details = output.locator("img").last
-        self.output, self.rows = output, output.locator(".widget-slider")
-        expect(self.image).to_be_visible(timeout=WAIT)
+        self.page, self.expect = page, expect
+        self.root = page.locator(".cpnb-explorer")
+        self.status = self.root.get_by_role("status")
+        self.expect(self.status).to_be_visible(timeout=WAIT)
+        self.button("Reset").click()
 
-    def slider(self, name):
-        """The slider with this label, in view and focused."""
-        slider = self.rows.filter(has_text=name).get_by_role("slider")
-        slider.scroll_into_view_if_needed()
+    def open(self, *sections):
+        """Unfold sections, with the keyboard."""
+        for name in sections:
+            details = self.root.locator("details", has_text=name)
+            if details.get_attribute("open") is None:
+                details.locator("summary").press("Enter")
+        return self
+
+    def button(self, name):
+        return self.root.get_by_role("button", name=name)
+
+    def press(self, name, *keys):
+        """Press keys on a slider."""
+        slider = self.root.get_by_role("slider", name=name, exact=True)
         slider.focus()
+        for key in keys:
+            slider.press(key)
         return slider
 
-    def press(self, button):
-        """Press a button with the keyboard."""
-        found = self.output.get_by_role("button", name=button, exact=True)
-        found.focus()
-        found.press("Enter")
-
-    def reset(self):
-        """Press Reset, and wait until the page shows every layer at full rank."""
-        self.press("Reset")
-        for name, rank in self.notebook.ask("explorer.sweep.ranks").items():
-            words = f"{name}: rank {rank} of {rank}"
-            self.expect(self.status).to_contain_text(words, timeout=WAIT)
-
-    def settle(self, slider, axis):
-        """Wait until the kernel is, and stays, where a slider stands on the page."""
-        calm, limit = 0, time.monotonic() + WAIT / 1000
-        while calm < 3:
-            shown = int(float(slider.get_attribute("aria-valuenow")))
-            held = self.notebook.ask(f"explorer.sliders[{axis!r}].value")
-            calm = calm + 1 if held == shown else 0
-            assert time.monotonic() < limit, f"the page says {shown}, the kernel {held}"
-            time.sleep(0.1)
-
-    def expect_the_librarys_numbers(self):
-        """Wait for the present position; what is shown is what the library gives."""
-        shown = self.notebook.ask("explorer.wait(30)")
-        cut = (
-            "cpnb.truncate(net, rank=explorer.ranks, key=explorer.switches.key.value,"
-            " refit=explorer.switches.refit.value)"
-        )
-        assert self.notebook.ask(f"cpnb.accuracy({cut}, data)") == shown
-        count = self.notebook.ask(f"sum(p.numel() for p in {cut}.parameters())")
-        for text in (f"ccuracy {100 * shown:.2f} %", f"{count:,} parameters"):
-            self.expect(self.status).to_contain_text(text, timeout=WAIT)
-        for name, rank in self.notebook.ask("explorer.ranks").items():
-            self.expect(self.status).to_contain_text(f"{name}: rank {rank} of")
-        return shown
-
-    def expect_picture(self, image, name):
-        """Wait until the page shows the bytes of one of the kernel's images."""
-        expected = self.notebook.ask(
-            f"__import__('base64').b64encode({name}.value).decode()"
-        )
-        self.notebook.page.wait_for_function(
-            READ_IMAGE, arg=[image.element_handle(), expected], timeout=WAIT
-        )
-
-    def row(self, layer, rank):
-        """The row of the explorer's table for one layer cut to one rank."""
-        rows = f"[r for r in rows if (r['layer'], r['rank']) == ({layer!r}, {rank})]"
-        (row,) = self.notebook.ask(f"(rows := explorer.sweep.to_rows()) and {rows}")
-        return row
-
-    def expect_status(self, row):
-        """Wait until the status has the numbers of a row of the table."""
-        for text in (
-            f"{row['layer']}: rank {row['rank']} of {row['full_rank']}",
-            f"ccuracy {100 * row['accuracy']:.2f} %",
-            f"relative kernel error {row['relative_error']:.3f}",
-            f"{row['parameters']:,} parameters",
-        ):
+    def shows(self, *texts):
+        for text in texts:
             self.expect(self.status).to_contain_text(text, timeout=WAIT)
 
+    def code(self):
+        """Ranks in the call that the explorer copies."""
+        if not self.root.get_by_label("code").is_visible():
+            self.button("Copy as code").press("Enter")
+        text = self.root.get_by_label("code").input_value()
+        return json.loads(re.search(r"rank = (\{.*\})", text).group(1)), text
 
-def test_tour_runs_without_errors_in_its_cells_and_widgets(tour):
-    assert tour.errors() == []
-    # What ipywidgets shows in the place of a widget whose view cannot be made.
-    assert tour.page.get_by_text("javascript error").count() == 0
+
+@pytest.fixture(params=[1440, 400], ids=["wide", "phone"])
+def page(request, browser, sweep, tmp_path):
+    """The page of a sweep, opened from disk without a network."""
+    sweep.to_html(tmp_path / "sweep.html")
+    size = {"width": request.param, "height": 900}
+    context = browser.new_context(offline=True, viewport=size)
+    page, errors = context.new_page(), []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("console", lambda message: errors.append(message.text))
+    page.goto((tmp_path / "sweep.html").as_uri())
+    yield Explorer(page)
+    context.close()
+    assert errors == []
 
 
-@pytest.mark.parametrize("key", ["ArrowLeft", "Home"])
-def test_slider_shows_picture_position_and_numbers_of_the_rank_it_is_moved_to(
-    tour, key
+@pytest.mark.parametrize(
+    ("name", "keys", "place"),
+    [
+        ("conv2", ["ArrowLeft", "ArrowLeft", "ArrowRight"], 83),
+        ("fc1", ["Home", *["ArrowRight"] * 4], 5),
+        ("fc2", ["Home"], 1),
+        ("all layers", ["PageDown"], 0.9),
+        ("all layers", ["Home", "End", *["ArrowLeft"] * 40], 0.6),
+    ],
+)
+def test_page_shows_the_numbers_of_the_table_where_a_slider_is_moved(
+    page, sweep, name, keys, place
 ):
-    explorer = Explorer(tour)
-    expect, image = explorer.expect, explorer.image
-    layer = tour.ask("list(explorer.ranks)")[-1]
-    slider = explorer.slider(layer)
-    before = int(float(slider.get_attribute("aria-valuenow")))
-    source, picture = image.get_attribute("src"), image.screenshot()
-    words = explorer.status.inner_text()
-    rank = {"ArrowLeft": before - 1, "Home": 1}[key]
-
-    slider.press(key)
-
-    expect(slider).to_have_attribute("aria-valuenow", f"{rank:.1f}", timeout=WAIT)
-    expect(explorer.status).to_contain_text(f"{layer}: rank {rank} of", timeout=WAIT)
-    accuracy = tour.ask("explorer.wait(30)")
-    # The network cut to these ranks and evaluated anew, the table, then the page.
-    assert tour.ask("cpnb.accuracy(explorer.truncated(), data)") == accuracy
-    row = explorer.row(layer, rank)
-    assert row["accuracy"] == accuracy
-    explorer.expect_status(row)
-    assert explorer.status.inner_text() != words
-    expect(image).not_to_have_attribute("src", source, timeout=WAIT)
-    tour.page.wait_for_function("e => e.complete", arg=image.element_handle())
-    assert image.screenshot() != picture
-    assert tour.errors() == []
+    page.open("Each layer", "Accuracy against parameters")
+    slider = page.press(name, *keys)
+    axis, column = ("*", "keep") if name == "all layers" else (name, "rank")
+    curve = sweep.curve(axis)
+    row = curve[(curve[column] - place).abs() < 1e-9].iloc[0]
+    ratio = row["parameters"] / sweep.dense_parameters
+    page.shows(f"Accuracy {100 * row['accuracy']:.2f} % measured")
+    page.shows(f"parameters {ratio:.2f} × dense")
+    error = re.search(r"kernel error (\d\.\d+)", page.status.inner_text()).group(1)
+    ranks, _ = page.code()
+    assert ranks == {each: row[f"rank_{each}"] for each in sweep.layers}
+    if axis == "*":
+        assert float(error) == pytest.approx(row["relative_error"], abs=6e-4)
+        text = f"keep {100 * place:g} %: {row['parameters']:,} parameters"
+        page.expect(slider).to_have_attribute("aria-valuetext", text)
+    else:
+        text = f"rank {place} of {sweep.layers[name].rank}, "
+        page.expect(slider).to_have_attribute("aria-valuetext", re.compile(text))
 
 
-def test_every_slider_and_the_budget_move_by_keyboard_to_the_librarys_numbers(tour):
-    explorer = Explorer(tour)
-    names = [*tour.ask("list(explorer.ranks)"), "all layers", "budget"]
-    for name in names:
-        explorer.reset()
-        slider = explorer.slider(name)
-        before = int(float(slider.get_attribute("aria-valuenow")))
-        for key in ("ArrowLeft", "ArrowLeft", "ArrowRight"):
-            slider.press(key)
-        explorer.expect(slider).to_have_attribute(
-            "aria-valuenow", f"{before - 1:.1f}", timeout=WAIT
+def test_page_spends_a_budget_as_the_allocator_does(page, sweep):
+    page.open("Accuracy against parameters")
+    slider = page.press("budget", *["ArrowLeft"] * 30)
+    percent = int(float(slider.get_attribute("max"))) - 30
+    first = min(cpnb.explore.rank_front(sweep), key=lambda choice: choice.cost)
+    percent += -(-100 * first.cost // sweep.dense_parameters)
+    choice = cpnb.allocate_ranks(sweep, percent * sweep.dense_parameters / 100)
+    assert page.code()[0] == choice.ranks
+
+
+def test_page_calls_a_sum_of_losses_a_prediction_and_shows_no_absurd_one(page, sweep):
+    page.open("Each layer")
+    page.press("conv2", *["ArrowLeft"] * 12)
+    page.press("fc1", *["ArrowLeft"] * 10)
+    whole = sweep.accuracy()
+    sum_ = sweep.accuracy({"conv2": 72}) + sweep.accuracy({"fc1": 47}) - whole
+    page.shows(f"Accuracy not measured, predicted {100 * sum_:.2f} % ±")
+    marker = page.root.locator("circle").first
+    page.expect(marker).to_have_attribute("fill", "none")
+    page.press("fc2", "Home")
+    page.shows("Accuracy not measured ·")
+    page.expect(marker).to_be_hidden()
+    page.button("Reset").press("Enter")
+    page.shows(f"Accuracy {100 * whole:.2f} % measured")
+    assert marker.get_attribute("fill") != "none"
+
+
+def test_page_moves_the_marker_along_the_curve(page, sweep):
+    curve, places = sweep.curve("fc1")["accuracy"].tolist(), []
+    page.open("Each layer")
+    for keys in (["Home"], ["ArrowRight"] * 20, ["End"]):
+        page.press("fc1", *keys)
+        marker = page.root.locator("circle").first
+        places.append([float(marker.get_attribute(name)) for name in ("cx", "cy")])
+    (x0, y0), (x1, y1), (x2, y2) = places
+    assert (x1 - x0) / (x2 - x0) == pytest.approx(20 / 56, abs=0.01)
+    share = (curve[20] - curve[0]) / (curve[-1] - curve[0])
+    assert (y1 - y0) / (y2 - y0) == pytest.approx(share, abs=0.01)
+
+
+def test_page_is_readable_at_every_width_and_its_code_runs(page, network):
+    page.open("Each layer", "Accuracy against parameters", "What is cut")
+    layout = page.root.evaluate(LAYOUT)
+    assert layout["text"] >= 12
+    assert layout["over"] <= 0
+    page.press("all layers", *["ArrowLeft"] * 30)
+    names = {"net": network[0], "data": network[1]}
+    _, code = page.code()
+    exec(code, names)
+    page.shows(f"Accuracy {100 * cpnb.accuracy(names['cut'], names['data']):.2f} %")
+    for control in page.root.locator("input, select, summary, button").all():
+        tip = control.locator("xpath=ancestor-or-self::*[@title][1]")
+        assert tip.get_attribute("title")
+
+
+@pytest.fixture(scope="module")
+def lab(browser, tmp_path_factory):
+    """A notebook with an explorer and a drawing function, and the tour beside it."""
+    folder = tmp_path_factory.mktemp("browser")
+    served, home = folder / "notebooks", folder / "home"
+    served.mkdir()
+    home.mkdir()
+    cells = [nbformat.v4.new_code_cell(source) for source in CELLS]
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    notebook = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel})
+    nbformat.write(notebook, served / "explorer.ipynb")
+    tour = jupytext.read(ROOT / "notebooks" / "00_tour.py")
+    tour.metadata["kernelspec"] = kernel
+    nbformat.write(tour, served / "00_tour.ipynb")
+    with jupyterlab(served, home, CPNB_FAST="1", PYTHONPATH=str(ROOT)) as address:
+        yield lambda name: NotebookPage(
+            browser.new_page(viewport={"width": 1200, "height": 900}), address, name
         )
-        axis = {"all layers": "*", "budget": "*budget"}.get(name, name)
-        explorer.settle(slider, axis)
-        if name == "budget":
-            budget = f"{before - 1} * sweep.dense_parameters // 100"
-            bought = f"cpnb.allocate_ranks(sweep, budget={budget}, unit='parameters')"
-            text = f"Budget of {before - 1} % of the dense parameters"
-            explorer.expect(explorer.status).to_contain_text(text, timeout=WAIT)
-            assert tour.ask("explorer.ranks") == tour.ask(f"{bought}.ranks")
-        explorer.expect_the_librarys_numbers()
-    assert tour.errors() == []
 
 
-def test_fast_key_presses_leave_the_last_position_on_the_page(tour):
-    explorer = Explorer(tour)
-    explorer.reset()
-    slider = explorer.slider("conv2")
-    before = int(float(slider.get_attribute("aria-valuenow")))
-    for _ in range(40):
-        slider.press("ArrowLeft")
-    rank = f"conv2: rank {before - 40} of"
-    explorer.expect(explorer.status).to_contain_text(rank, timeout=WAIT)
-    explorer.expect_the_librarys_numbers()
-    explorer.expect_picture(explorer.image, "explorer.image")
-    # The position rests, so the details follow.
-    details = explorer.output.get_by_role("group", name="details")
-    words = f"conv2 {before - 40},"
-    explorer.expect(details).to_contain_text(words, timeout=WAIT)
-    explorer.expect_picture(explorer.details, "explorer.details.image")
-    assert tour.errors() == []
+@pytest.fixture(scope="module")
+def notebook(lab):
+    notebook = lab("explorer.ipynb")
+    notebook.run_all()
+    yield notebook
+    assert notebook.errors() == notebook.console == []
 
 
-def test_choices_undo_and_code_work_by_keyboard_and_code_gives_what_is_shown(tour):
-    explorer = Explorer(tour)
-    explorer.reset()
-    slider = explorer.slider("conv2")
-    slider.press("PageDown")
-    explorer.expect(slider).not_to_have_attribute("aria-valuenow", "84.0")
-    explorer.settle(slider, "conv2")
-    explorer.expect_the_librarys_numbers()
-    plain = explorer.status.inner_text()
-    for choice, word in (("greedy", "'greedy'"), ("kernel", "λ: kernel")):
-        explorer.press(choice)
-        explorer.expect(explorer.status).to_contain_text(word, timeout=WAIT)
-        shown = explorer.expect_the_librarys_numbers()
-    chosen = tour.ask("[explorer.sweep.key, explorer.sweep.refit]")
-    assert chosen == ["greedy", True]
-    explorer.press("Copy as code")
-    code = explorer.output.get_by_label("code of this network")
-    explorer.expect(code).to_have_value(re.compile(re.escape(repr(shown))))
-    names = "{'net': net, 'data': data}"
-    run = f"(lambda ns: (exec({code.input_value()!r}, ns), ns['cut'])[1])({names})"
-    assert tour.ask(f"cpnb.accuracy({run}, data)") == shown
-    for _ in range(2):
-        explorer.press("Undo")
-    explorer.expect(explorer.status).to_have_text(
-        plain, timeout=WAIT, use_inner_text=True
+LIBRARY = (
+    "cpnb.accuracy(cpnb.truncate(net, rank=explorer.ranks, key={key!r}, refit={refit!r}"
+    ", data=data, progress=False), data)"
+)
+
+
+def expect_the_librarys_numbers(explorer, notebook, key="lam", refit=False):
+    """What page and kernel show is what the library gives for the ranks shown."""
+    ranks, _ = explorer.code()
+    explorer.page.wait_for_timeout(100)
+    accuracy = notebook.ask("explorer.wait(30)")
+    assert notebook.ask("explorer.ranks") == ranks
+    assert accuracy == notebook.ask(LIBRARY.format(key=key, refit=refit))
+    explorer.shows(f"Accuracy {100 * accuracy:.2f} % measured")
+
+
+def test_live_explorer_measures_what_the_table_lacks(notebook):
+    explorer = Explorer(notebook.page).open("Each layer", "What is cut")
+    explorer.press("all layers", *["ArrowLeft"] * 10)
+    expect_the_librarys_numbers(explorer, notebook)
+    explorer.press("conv2", *["ArrowLeft"] * 5)
+    expect_the_librarys_numbers(explorer, notebook)
+    explorer.root.get_by_label("key").select_option("the largest |λ|")
+    explorer.root.get_by_label("refit").select_option("refit on outputs")
+    expect_the_librarys_numbers(explorer, notebook, refit="data")
+    explorer.root.get_by_label("refit").select_option("as it is")
+
+
+def test_live_explorer_ends_where_fast_key_presses_leave_it(notebook):
+    explorer = Explorer(notebook.page).open("Each layer")
+    explorer.press("fc1", "ArrowLeft")
+    slider = explorer.press("conv2", *["ArrowLeft"] * 40)
+    text = re.compile("rank 44 of 84")
+    explorer.expect(slider).to_have_attribute("aria-valuetext", text)
+    expect_the_librarys_numbers(explorer, notebook)
+
+
+def test_live_explorer_draws_pictures_and_follows_python(notebook):
+    explorer = Explorer(notebook.page).open("Each layer", "Pictures")
+    explorer.press("conv2", "ArrowLeft", "ArrowLeft")
+    image = explorer.root.locator("img")
+    explorer.expect(image).to_have_attribute(
+        "alt", re.compile("conv2 before, after"), timeout=WAIT
     )
-    assert tour.ask("[explorer.sweep.key, explorer.sweep.refit]") == ["lam", False]
-    assert tour.errors() == []
+    assert image.evaluate("image => image.naturalWidth") == 800
+    notebook.ask("setattr(explorer, 'ranks', {'conv1': 3, 'conv2': 50})")
+    slider = explorer.root.get_by_role("slider", name="conv2")
+    text = re.compile("rank 50 of 84")
+    explorer.expect(slider).to_have_attribute("aria-valuetext", text, timeout=WAIT)
+    expect_the_librarys_numbers(explorer, notebook)
+
+
+def test_explore_draws_what_its_slider_is_moved_to(notebook):
+    from playwright.sync_api import expect
+
+    rows = notebook.page.locator(".widget-slider")
+    output = notebook.page.locator(".jp-OutputArea-output", has=rows)
+    image, words = output.locator("img"), output.get_by_role("status")
+    expect(words).to_have_text("power, rank 1", timeout=WAIT)
+    source, picture = image.get_attribute("src"), image.screenshot()
+    slider = rows.get_by_role("slider")
+    slider.focus()
+    slider.press("ArrowRight")
+    expect(words).to_have_text("power, rank 2", timeout=WAIT)
+    expect(image).not_to_have_attribute("src", source, timeout=WAIT)
+    notebook.page.wait_for_function("e => e.complete", arg=image.element_handle())
+    assert image.screenshot() != picture
+    output.get_by_label("method").select_option("als")
+    output.get_by_label("rank =").select_option("40")
+    expect(words).to_have_text("als, rank 40", timeout=WAIT)
+    assert notebook.ask("box.controls['rank'].value") == 40
+
+
+def test_tour_runs_and_its_explorer_moves(lab):
+    notebook = lab("00_tour.ipynb")
+    notebook.run_all()
+    explorer = Explorer(notebook.page)
+    explorer.press("all layers", *["ArrowLeft"] * 3)
+    expect_the_librarys_numbers(explorer, notebook)
+    assert notebook.errors() == notebook.console == []

@@ -1,6 +1,7 @@
 """Notebooks: each pair agrees, its outputs are its code's, and it runs in a kernel."""
 
 import importlib.util
+import pydoc
 import re
 import shutil
 from pathlib import Path
@@ -69,6 +70,13 @@ def test_notebook_cells_are_short_enough_to_read(script):
         lines = [line for line in cell.source.splitlines() if line.strip()]
         if cell.cell_type == "code":
             assert len(lines) <= 25, lines[0]
+
+
+@every_notebook
+def test_notebook_names_only_what_exists(script):
+    text = script.read_text().replace("\n# ", " ")
+    names = set(re.findall(r"(?<![\w./])cpnb(?:\.[A-Za-z_]\w*)+", text))
+    assert [name for name in sorted(names) if pydoc.locate(name) is None] == []
 
 
 @every_notebook

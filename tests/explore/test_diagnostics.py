@@ -1,0 +1,266 @@
+"""Spectra, curvature and slices against their definitions written out."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations
+from torch.testing import assert_close
+
+import cpnb
+from cpnb.explore import loss_slice, spectrum, spectrum_report, top_hessian_eigenvalue
+from cpnb.methods import LowRankConv2d
+
+
+def draw(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def seeded(seed=1):
+    return torch.Generator().manual_seed(seed)
+
+
+# --- spectra --------------------------------------------------------------------------
+
+
+def numbers_by_hand(matrix):
+    """Condition number, effective rank, stable rank and row spread, one by one."""
+    values = torch.linalg.svd(matrix)[1].tolist()
+    total = sum(values)
+    entropy = -sum(s / total * math.log(s / total) for s in values)
+    stable = sum(w**2 for w in matrix.flatten().tolist()) / max(values) ** 2
+    rows = [math.hypot(*row) for row in matrix.tolist()]
+    condition = max(values) / min(values)
+    return condition, math.exp(entropy), stable, max(rows) / min(rows)
+
+
+def numbers(found):
+    names = ("condition_number", "effective_rank", "stable_rank", "row_spread")
+    return tuple(getattr(found, name) for name in names)
+
+
+KERNELS = {
+    "matrix": draw(5, 7),
+    "5 modes": draw(3, 2, 2, 2, 2),
+    "linear": nn.Linear(5, 7),
+    "conv3d": nn.Conv3d(2, 3, 2),
+    "weight norm": parametrizations.weight_norm(nn.Linear(5, 7)),
+    "low-rank conv2d": LowRankConv2d(3, 4, 3, rank=5),
+    "cp linear": cpnb.CPLinear(5, 7, rank=9),
+    "cp conv2d": cpnb.CPConv2d(3, 4, 3, rank=20),
+    "cp of one number": cpnb.CPConv2d(1, 1, 1, rank=3),
+}
+
+
+@pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
+def test_spectrum_equals_the_definitions_on_the_unfolding(kernel):
+    kernel = kernel.double()
+    weight = getattr(kernel, "weight", kernel).detach().flatten(1)
+    assert numbers(spectrum(kernel)) == pytest.approx(numbers_by_hand(weight))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+def test_spectrum_of_groups_is_that_of_the_block_diagonal_matrix(kind, groups):
+    layer = kind(4, 6, 3, groups=groups, dtype=torch.float64)
+    blocks = layer.weight.detach().chunk(groups)
+    if kind is nn.ConvTranspose2d:  # stored with the inputs first
+        blocks = [block.transpose(0, 1) for block in blocks]
+    matrix = torch.block_diag(*(block.flatten(1) for block in blocks))
+    found = spectrum(layer)
+    assert_close(found.singular_values, torch.linalg.svdvals(matrix))
+    rows = matrix.norm(dim=1)
+    assert found.row_spread == pytest.approx((rows.max() / rows.min()).item())
+
+
+def test_condition_number_is_infinite_where_the_dtype_cannot_tell():
+    def condition(kernel):
+        return spectrum(kernel).condition_number
+
+    assert condition(cpnb.CPLinear(8, 8, rank=7)) == math.inf
+    assert condition(cpnb.CPLinear(8, 8, rank=8)) < math.inf
+    low = draw(8, 3) @ draw(3, 9, seed=1)
+    assert condition(low) == condition(low.float()) == math.inf
+    wide = torch.diag(torch.tensor([1.0, 1e-5]))
+    assert condition(wide) == pytest.approx(1e5)
+    assert condition(1e-7 * wide) == pytest.approx(1e5)
+    assert condition(wide.bfloat16()) == math.inf
+
+
+def test_spectrum_of_zeros_has_numbers_and_no_error():
+    assert numbers(spectrum(torch.zeros(3, 4))) == (math.inf, 1.0, 0.0, math.inf)
+    row = spectrum(torch.diag(torch.tensor([1.0, 0.0])))
+    assert numbers(row) == (math.inf, 1.0, 1.0, math.inf)
+
+
+class Pair(nn.Sequential):
+    """A layer of low rank that is made of layers and has a kernel."""
+
+    weight = property(lambda self: self[1].weight @ self[0].weight)
+
+
+def test_report_has_a_row_for_each_layer_with_a_kernel():
+    pair = Pair(nn.Linear(6, 2, bias=False), nn.Linear(2, 5))
+    cp = cpnb.CPLinear(5, 3, rank=2)
+    report = spectrum_report(nn.Sequential(nn.BatchNorm1d(6), pair, nn.ReLU(), cp))
+    assert report["shape"].to_dict() == {"1": "5×6", "3": "3×5"}
+    assert report.loc["1", "condition_number"] == math.inf
+    assert report.loc["3", "stable_rank"] == spectrum(cp).stable_rank
+    assert list(spectrum_report(pair).index) == ["Pair"]
+
+
+# --- curvature ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def batch():
+    return draw(12, 1, 4, 4), torch.arange(12) % 3
+
+
+NETS = {
+    "two layers": [nn.Flatten(), nn.Linear(16, 4), nn.Tanh(), nn.Linear(4, 3)],
+    "pooled": [nn.Conv2d(1, 3, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()],
+    "norm": [nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(12, 3)],
+    "CP": [cpnb.CPConv2d(1, 3, 3, rank=2), nn.Flatten(), cpnb.CPLinear(12, 3, rank=2)],
+}
+
+
+@pytest.fixture(params=NETS)
+def net(request):
+    return copy.deepcopy(nn.Sequential(*NETS[request.param])).double()
+
+
+def dense_eigenvalues(net, images, labels):
+    """All eigenvalues of the Hessian of the mean cross entropy, ascending."""
+    names, parameters = zip(*net.named_parameters(), strict=True)
+    sizes = [p.numel() for p in parameters]
+
+    def loss(flat):
+        pieces = zip(names, flat.split(sizes), parameters, strict=True)
+        values = {name: piece.view_as(p) for name, piece, p in pieces}
+        return F.cross_entropy(functional_call(net, values, (images,)), labels)
+
+    flat = torch.cat([p.detach().flatten() for p in parameters])
+    return torch.linalg.eigvalsh(torch.autograd.functional.hessian(loss, flat))
+
+
+def top(net, pair, **options):
+    options = {"generator": seeded(), "progress": False} | options
+    return top_hessian_eigenvalue(net, pair, **options)
+
+
+@pytest.mark.parametrize("chunk", [1000, 5])
+def test_eigenvalue_is_the_largest_of_the_dense_hessian(batch, net, chunk, monkeypatch):
+    monkeypatch.setattr("cpnb.explore.diagnostics._CHUNK", chunk)
+    state = copy.deepcopy(net.state_dict())
+    found = top(net, batch, tolerance=1e-5)
+    assert net.training and all(p.grad is None for p in net.parameters())
+    assert all(torch.equal(v, state[name]) for name, v in net.state_dict().items())
+    expected = dense_eigenvalues(net.eval(), *batch)[-1].item()
+    assert found.value == pytest.approx(expected, rel=1e-6)
+    assert found.residual <= 1e-4 * found.value
+    single = top(net.float(), (batch[0].float(), batch[1]))
+    assert single.value == pytest.approx(expected, rel=1e-3)
+
+
+class Quadratic(nn.Module):
+    """Scores whose difference is ½ Σ curve·w²; the images only count."""
+
+    def __init__(self, curves):
+        super().__init__()
+        self.curves = torch.tensor(curves, dtype=torch.float64)
+        self.weight = nn.Parameter(torch.zeros(len(curves), dtype=torch.float64))
+
+    def forward(self, images):
+        score = (self.curves * self.weight.square()).sum() / 2
+        return torch.stack([score, -score]).expand(len(images), 2)
+
+
+# At w = 0 the loss is ln 2 and its Hessian −curve for label 0.
+@pytest.mark.parametrize(
+    ("curves", "value"), [([9.0, 1.0, -2.0], 2.0), ([9.0, 3.0, 1.0], -1.0)]
+)
+def test_eigenvalue_is_the_largest_beside_larger_negative_ones(curves, value):
+    pair = torch.zeros(3, 1, dtype=torch.float64), torch.zeros(3, dtype=torch.long)
+    assert top(Quadratic(curves), pair).value == pytest.approx(value, abs=1e-6)
+
+
+def test_eigenvalue_is_of_the_trainable_parameters_alone(batch):
+    net = nn.Sequential(*copy.deepcopy(NETS["two layers"])).double()
+    net[1].requires_grad_(False)
+    values = dense_eigenvalues(net[3], net[:3](batch[0]).detach(), batch[1])
+    assert top(net, batch).value == pytest.approx(values[-1].item(), rel=1e-6)
+
+
+# --- slices ---------------------------------------------------------------------------
+
+
+def make_net():
+    return nn.Sequential(
+        *(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten()),
+        *(nn.Dropout(0.5), cpnb.CPLinear(16, 3, rank=2)),
+    ).double()
+
+
+def normed():
+    """A network with weight normalization, and a filter of zeros."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(16, 4), nn.Linear(4, 3)).double()
+    with torch.no_grad():
+        net[2].weight[1] = 0
+    parametrizations.weight_norm(net[1])
+    return net
+
+
+# What counts as one filter, in the order of the parameters.
+LINES = {"0.weight": "row", "5.lam": "whole"} | dict.fromkeys(
+    ("5.factors.0", "5.factors.1"), "column"
+)
+NORMED = "1.parametrizations.weight.original"
+NORMED_LINES = {f"{NORMED}0": "whole", f"{NORMED}1": "row", "2.weight": "row"}
+
+
+def direction(net, kinds):
+    """A draw for each parameter, filter by filter as long as its own."""
+    generator = seeded()
+    found = {}
+    for name, kind in kinds.items():
+        values = net.get_parameter(name).detach()
+        draw = torch.randn(values.shape, generator=generator, dtype=torch.float64)
+        axis = {"row": 0, "column": 1, "whole": None}[kind]
+        filters = [(draw, values)]
+        if axis is not None:
+            filters = zip(draw.unbind(axis), values.unbind(axis), strict=True)
+        for one, own in filters:
+            one.mul_(own.norm() / one.norm())
+        found[name] = draw
+    return found
+
+
+@pytest.mark.parametrize("chunk", [1000, 5])
+@pytest.mark.parametrize(
+    ("build", "kinds"), [(make_net, LINES), (normed, NORMED_LINES)]
+)
+def test_slice_holds_the_losses_of_the_moved_model(
+    batch, build, kinds, chunk, monkeypatch
+):
+    monkeypatch.setattr("cpnb.explore.diagnostics._CHUNK", chunk)
+    net = build()
+    net[-1].eval()
+    state = copy.deepcopy(net.state_dict())
+    options = {"span": 0.5, "points": 5, "progress": False}
+    offsets, losses = loss_slice(net, batch, generator=seeded(), **options)
+    assert all(torch.equal(v, state[name]) for name, v in net.state_dict().items())
+    assert net.training and net[1].training and not net[-1].training
+    assert offsets.tolist() == [-0.5, -0.25, 0.0, 0.25, 0.5]
+    line = direction(net, kinds)
+    for offset, loss in zip(offsets, losses.tolist(), strict=True):
+        moved = copy.deepcopy(net)
+        with torch.no_grad():
+            for name, step in line.items():
+                moved.get_parameter(name).add_(offset * step)
+        assert loss == pytest.approx(cpnb.train.evaluate(moved, batch)["loss"])

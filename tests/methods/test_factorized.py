@@ -1,0 +1,455 @@
+"""Low-rank layers, their starts, Frobenius decay and the proximal step."""
+
+import copy
+import itertools
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+import cpnb
+from cpnb.methods import (
+    FrobeniusDecay,
+    LowRankConv2d,
+    LowRankLinear,
+    ProximalL1,
+    factor_norms,
+    factorize,
+    first_and_last,
+    fit_rank,
+    frobenius_decay,
+    nonzero_ranks,
+    ranks_for,
+)
+from cpnb.methods.factorized import STARTS, LowRankLayer, kaiming, spectral, unfold
+from networks import ResNet
+
+FLOAT64 = {"dtype": torch.float64}
+GEOMETRIES = [
+    {},
+    {"stride": (2, 3), "padding": (1, 2), "dilation": (2, 1)},
+    {"padding": "same", "dilation": (1, 2)},
+    {"padding": "valid", "stride": 2},
+    {"padding": "same", "padding_mode": "circular"},
+    {"padding": (2, 1), "padding_mode": "reflect"},
+    {"padding": (1, 2), "padding_mode": "circular", "stride": (1, 2)},
+    {"padding": 1, "padding_mode": "replicate", "groups": 2},
+    {"groups": 4, "bias": False},
+]
+
+
+def low_rank(model):
+    modules = model.named_modules()
+    return {name: m for name, m in modules if isinstance(m, LowRankLayer)}
+
+
+def parameters(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+# --- kernels as matrices, and starts --------------------------------------------------
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_unfold_moves_each_entry_where_loops_say(groups):
+    kernel = torch.randn(6, 4, 3, 2)
+    expected = torch.zeros(groups, 6 // groups * 3, 4 * 2)
+    for o, i, h, w in itertools.product(*map(range, kernel.shape)):
+        group, inside = divmod(o, 6 // groups)
+        expected[group, inside * 3 + h, i * 2 + w] = kernel[o, i, h, w]
+    assert torch.equal(unfold(kernel, groups), expected)
+
+
+@pytest.mark.parametrize("rank", [1, 4, 6])
+def test_spectral_leaves_the_tail_of_the_singular_values(rank):
+    kernel = torch.randn(8, 3, 1, 2, **FLOAT64)
+    left, right = spectral(kernel.shape, rank, groups=2, weight=kernel, like=kernel)
+    matrices = unfold(kernel, 2)
+    rank = min(rank, 4)
+    tail = torch.linalg.svdvals(matrices)[:, rank:].square().sum(1).sqrt()
+    error = (matrices - left @ right.mT).norm(dim=(1, 2))
+    assert_close(error, tail, rtol=1e-10, atol=1e-12)
+    # Balanced: both sides hold half of every singular value.
+    assert_close(left.mT @ left, right.mT @ right)
+
+
+@pytest.mark.parametrize(("height", "width"), [(3, 3), (5, 1), (1, 3)])
+def test_kaiming_is_twice_the_height_times_too_wide(height, width):
+    """Mean of many kernels; their own spread makes 3 % about four standard errors."""
+    generator, like = torch.Generator().manual_seed(0), torch.empty(0, **FLOAT64)
+    squares = []
+    for _ in range(300):
+        shape = (16, 8, height, width)
+        left, right = kaiming(shape, 6, generator=generator, like=like)
+        squares.append((left @ right.mT).square().mean())
+    ratio = torch.stack(squares).mean().item() / (2 / (8 * height * width))
+    assert ratio == pytest.approx(2 * height, rel=0.03)
+
+
+@pytest.mark.parametrize("init", STARTS)
+def test_layers_draw_from_their_generator_alone(init):
+    before = torch.get_rng_state()
+    layers = [
+        LowRankConv2d(
+            3, 4, 3, rank=5, init=init, generator=torch.Generator().manual_seed(n)
+        )
+        for n in (0, 0, 1)
+    ]
+    assert torch.equal(torch.get_rng_state(), before)
+    states = [layer.state_dict() for layer in layers]
+    assert_close(states[0], states[1], rtol=0, atol=0)
+    assert not any(torch.equal(states[0][n], states[2][n]) for n in states[0])
+
+
+# --- layers ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(3, 2), (1, 2), (3, 1), (1, 1)], ids=str)
+@pytest.mark.parametrize("options", GEOMETRIES, ids=str)
+def test_conv_convolves_with_its_weight(options, size):
+    layer = LowRankConv2d(4, 8, size, **options, rank=1, **FLOAT64)
+    dense = cpnb.to_dense(layer)
+    assert type(dense) is nn.Conv2d
+    images = torch.randn(2, 4, 11, 12, **FLOAT64)
+    assert_close(layer(images), dense(images))
+    assert_close(layer(images[0]), dense(images[0]))
+
+
+@pytest.mark.parametrize("options", [*GEOMETRIES, None], ids=str)
+def test_factorize_at_full_rank_keeps_the_function_of_any_kernel(options):
+    source, shape = nn.Linear(7, 5, **FLOAT64), (2, 3, 7)
+    if options is not None:
+        source = nn.Conv2d(4, 8, (3, 2), **options, **FLOAT64)
+        shape = (2, 4, 11, 12)
+    layer = factorize(source, rank=100, skip=())
+    inputs = torch.randn(shape, **FLOAT64)
+    assert_close(layer(inputs), source(inputs))
+    assert_close(cpnb.to_dense(layer).weight, source.weight)
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+@pytest.mark.parametrize("size", [3, 1, (1, 3), (3, 1)], ids=str)
+@pytest.mark.parametrize("channels", [1, 4])
+def test_conv_keeps_the_layout_of_its_input(channels, size, rank):
+    layer = LowRankConv2d(channels, 8, size, rank=rank)
+    images = torch.randn(2, channels, 6, 6)
+    output = layer(images)
+    assert output.is_contiguous()
+    assert (
+        output.stride() == output.clone(memory_format=torch.contiguous_format).stride()
+    )
+    if channels > 1:
+        innermost = layer(images.contiguous(memory_format=torch.channels_last))
+        assert innermost.is_contiguous(memory_format=torch.channels_last)
+        assert_close(innermost, output, rtol=1e-5, atol=1e-5)
+
+
+def test_conv_has_the_weight_gradient_of_strided_pointwise_layers_in_channels_last():
+    """As in https://github.com/uxlfoundation/oneDNN/issues/6035."""
+    layer = LowRankConv2d(64, 64, 1, stride=2, rank=32)
+    images = torch.randn(8, 64, 16, 16).contiguous(memory_format=torch.channels_last)
+    gradients = []
+    for module in (layer, copy.deepcopy(layer).double()):
+        module(images.to(module.left)).square().sum().backward()
+        gradients.append(module.right.grad.double())
+    assert_close(*gradients, rtol=1e-3, atol=1e-3)
+
+
+def test_factorize_copies_flags_and_bias_and_leaves_the_source_alone():
+    source = nn.Conv2d(3, 4, 3).half().eval()
+    source.weight.requires_grad_(False)
+    before = copy.deepcopy(source.state_dict())
+    layer = factorize(source, rank=4, skip=())
+    assert not layer.training
+    assert {p.dtype for p in layer.parameters()} == {torch.float16}
+    assert [n for n, p in layer.named_parameters() if p.requires_grad] == ["bias"]
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.zero_()
+    assert_close(source.state_dict(), before, rtol=0, atol=0)
+
+
+MAKE = {
+    "conv": (lambda: LowRankConv2d(2, 4, (2, 3), 1, 1, groups=2, rank=2), (2, 2, 4, 4)),
+    "pointwise": (lambda: LowRankConv2d(2, 4, 1, 2, rank=1), (2, 2, 4, 4)),
+    "linear": (lambda: LowRankLinear(5, 4, rank=2), (3, 5)),
+}
+every_kind = pytest.mark.parametrize(("make", "shape"), MAKE.values(), ids=MAKE)
+
+
+@every_kind
+def test_layers_pass_gradcheck_and_reach_every_parameter(make, shape):
+    layer = make().double()
+    inputs = torch.randn(shape, **FLOAT64)
+    names, values = zip(*layer.named_parameters(), strict=True)
+
+    def output(*parameters):
+        named = dict(zip(names, parameters, strict=True))
+        return torch.func.functional_call(layer, named, inputs)
+
+    assert torch.autograd.gradcheck(output, values)
+    layer(inputs).square().sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in layer.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("training", [True, False])
+@every_kind
+def test_layers_are_traced_exported_and_mapped(make, shape, training):
+    layer, inputs = make().train(training), torch.randn(shape)
+    expected = layer(inputs)
+    other = torch.randn(7, *shape[1:])
+    traced = torch.jit.trace(layer, inputs)
+    assert_close(traced(other), layer(other))
+    graph = torch.fx.experimental.proxy_tensor.make_fx(layer)(inputs)
+    assert_close(graph(inputs), expected)
+    batch = torch.export.Dim("batch", min=2)
+    exported = torch.export.export(layer, (inputs,), dynamic_shapes=({0: batch},))
+    assert_close(exported.module()(other), layer(other))
+    state = [make().state_dict() for _ in range(3)]
+    stacked = {name: torch.stack([s[name] for s in state]) for name in state[0]}
+
+    def call(parameters):
+        return torch.func.functional_call(layer, parameters, (inputs,))
+
+    mapped = torch.func.vmap(call)(stacked)
+    for one, parameters in zip(mapped, state, strict=True):
+        assert_close(one, call(parameters))
+
+
+def test_rank_is_said_in_break_even_units():
+    layer = LowRankConv2d(16, 32, 3, bias=False, rank="same")
+    each = 32 * 3 + 16 * 3
+    assert 0 <= parameters(layer) - 32 * 16 * 9 < each
+    assert layer.rank == layer.break_even_rank == 32
+    assert LowRankConv2d(16, 32, 3, rank=0.25).rank == 8
+    assert LowRankConv2d(2, 8, (3, 5), rank=20).rank == 2 * 5, "that of the matrix"
+    assert LowRankConv2d(4, 8, 3, groups=2, rank=20).rank == 2 * 3
+    for rank, error in ((0, ValueError), (1.5, ValueError), (True, TypeError)):
+        with pytest.raises(error, match=f"rank is {rank}"):
+            LowRankLinear(4, 4, rank=rank)
+    with pytest.raises(ValueError, match="init is 'he', expected one of"):
+        LowRankLinear(4, 4, init="he")
+
+
+# --- whole models ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3])
+def test_factorize_spends_a_share_of_all_parameters_and_hardly_less(share):
+    net = ResNet(20)
+    ranks = ranks_for(net, share, form="low_rank", skip=first_and_last(net))
+    small = factorize(net, rank=ranks)
+    budget = share * parameters(net)
+    # One more step of the common fraction is too much; a stage's layers step together.
+    layers = low_rank(small).values()
+    steps = [
+        sum(len(la.left) + len(la.right) for la in layers if la.rank == rank)
+        for rank in {layer.rank for layer in layers}
+    ]
+    assert budget - 3 * max(steps) < parameters(small) <= budget
+    shares = [layer.rank / layer.break_even_rank for layer in layers]
+    assert max(shares) - min(shares) <= max(1 / la.break_even_rank for la in layers)
+
+
+def test_factorize_leaves_the_first_and_the_last_layer_dense_unless_told():
+    net = cpnb.DigitsNet()
+    for skip, expected in (
+        (None, {"conv2", "fc1"}),
+        ((), {"conv1", "conv2", "fc1", "fc2"}),
+        (("conv2", "fc2"), {"conv1", "fc1"}),
+        (lambda name, layer: "fc" in name, {"conv1", "conv2"}),
+    ):
+        assert set(low_rank(factorize(net, rank=0.5, skip=skip))) == expected
+    assert first_and_last(net) == ("conv1", "fc2")
+    assert first_and_last(nn.Linear(2, 2)) == ("",)
+
+
+def test_factorize_takes_functions_of_the_matrix_and_mappings():
+    net = cpnb.DigitsNet()
+    small = factorize(net, rank=fit_rank(0.5))
+    for name, layer in low_rank(small).items():
+        dense = net.get_submodule(name).weight
+        assert cpnb.relative_error(dense, layer.weight) <= 0.5
+    mixed = factorize(net, rank={"conv2": fit_rank(0.9), "fc1": 0.25})
+    assert mixed.fc1.rank == round(0.25 * mixed.fc1.break_even_rank)
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "error", "text"),
+    [
+        (nn.Linear(4, 4), {"rank": 1}, ValueError, r"skip=\(\) to take them in"),
+        (
+            *(nn.Sequential(*(nn.Conv1d(3, 3, 3) for _ in range(3))), {"rank": 1}),
+            *(TypeError, "layer '1' is a Conv1d: expected exactly one of Conv2d, Li"),
+        ),
+        (cpnb.DigitsNet(), {"rank": 1, "skip": "fc9"}, ValueError, "skip names"),
+        (
+            *(cpnb.DigitsNet(), {"rank": {"conv2": 1, "fc2": 1}}, ValueError),
+            r"rank lacks \['fc1'\] and has unknown \['fc2'\]",
+        ),
+    ],
+    ids=["single layer", "kind", "name", "mapping"],
+)
+def test_factorize_refuses_bad_input_with_a_clear_error(model, options, error, text):
+    with pytest.raises(error, match=text):
+        factorize(model, **options)
+
+
+# --- Frobenius decay ------------------------------------------------------------------
+
+LAYERS = {
+    "linear UV": lambda: LowRankLinear(7, 5, rank=3, **FLOAT64),
+    "conv UV": lambda: LowRankConv2d(4, 6, (3, 2), groups=2, rank=3, **FLOAT64),
+    "CP linear": lambda: cpnb.CPLinear(7, 5, rank=3, **FLOAT64),
+    "CP conv": lambda: cpnb.CPConv2d(4, 6, (3, 2), groups=2, rank=5, **FLOAT64),
+    "CP unsigned": lambda: cpnb.CPConv2d(4, 6, 3, rank=5, signed=False, **FLOAT64),
+    "CP vector": lambda: cpnb.CPLinear(7, 1, rank=3, **FLOAT64),
+    "CP number": lambda: cpnb.CPLinear(1, 1, rank=3, **FLOAT64),
+    "CP conditioned": lambda: cpnb.normalize(
+        cpnb.CPConv2d(4, 6, 3, rank=5, **FLOAT64), "conditioned"
+    ),
+}
+every_layer = pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
+
+
+def shaken(make):
+    """A layer off every special point: σ ≠ 1, λ of both signs, columns not unit."""
+    layer = make()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.mul_(1.7).add_(0.4 * torch.randn_like(parameter))
+    return layer
+
+
+def dense_gradients(layer, mu):
+    """Gradient of (μ/2)‖W‖² through the multiplied-out kernel; zero for the bias."""
+    penalty = mu / 2 * layer.weight.square().sum()
+    names = [name for name, p in layer.named_parameters() if p.requires_grad]
+    trained = [layer.get_parameter(name) for name in names]
+    gradients = torch.autograd.grad(
+        penalty, trained, allow_unused=True, materialize_grads=True
+    )
+    return dict(zip(names, gradients, strict=True))
+
+
+@every_layer
+def test_frobenius_decay_and_its_gradient_are_those_of_the_dense_kernel(make):
+    layer = shaken(make)
+    penalty = frobenius_decay(layer, 0.3)
+    assert_close(penalty, 0.15 * layer.weight.square().sum())
+    penalty.backward()
+    for name, expected in dense_gradients(layer, 0.3).items():
+        if name != "bias":
+            gradient = layer.get_parameter(name).grad
+            assert_close(gradient, expected, rtol=1e-7, atol=1e-10)
+
+
+def net():
+    generator = torch.Generator().manual_seed(0)
+    dense = cpnb.DigitsNet(generator=generator).double()
+    return factorize(dense, rank=4, generator=generator)
+
+
+@pytest.mark.parametrize("kind", ["SGD", "Adam"])
+@pytest.mark.parametrize("mu", [None, 0.05])
+def test_frobenius_hook_trains_as_the_loss_term_with_decay_on_the_rest(kind, mu):
+    """The optimizer decays everything; the hook takes the factors out of that."""
+    images, labels = torch.randn(40, 1, 8, 8, **FLOAT64), torch.arange(40) % 10
+    hooked, summed = net(), net()
+    make = getattr(torch.optim, kind)
+    decayed = make(hooked.parameters(), lr=0.01, weight_decay=0.1)
+    factors = [p for m in low_rank(summed).values() for p in (m.left, m.right)]
+    others = {*summed.parameters()} - {*factors}
+    groups = [{"params": factors, "weight_decay": 0.0}, {"params": [*others]}]
+    plain = make(groups, lr=0.01, weight_decay=0.1)
+    for step in range(5):
+        decayed.zero_grad()
+        nn.functional.cross_entropy(hooked(images), labels).backward()
+        FrobeniusDecay(mu).before_step(hooked, decayed, step)
+        decayed.step()
+        plain.zero_grad()
+        loss = nn.functional.cross_entropy(summed(images), labels)
+        (loss + frobenius_decay(summed, 0.1 if mu is None else mu)).backward()
+        plain.step()
+    assert_close(hooked.state_dict(), summed.state_dict(), rtol=1e-6, atol=1e-8)
+
+
+def test_frobenius_hook_spares_the_scale_of_cp_layers_on_request():
+    layer = shaken(LAYERS["CP conv"])
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, weight_decay=0.2)
+    added = []
+    for hook in (FrobeniusDecay(), FrobeniusDecay(scale=False)):
+        for parameter in layer.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        hook.before_step(layer, optimizer, 0)
+        added.append({name: p.grad for name, p in layer.named_parameters()})
+    # What is left is the own decay that was taken off, in advance.
+    assert_close(added[1].pop("scale"), -0.2 * layer.scale.detach())
+    assert added[0].pop("scale").abs() > 0
+    assert_close(added[0], added[1])
+
+
+# --- norms and the proximal step ------------------------------------------------------
+
+
+def test_factor_norms_are_those_of_the_unfolded_kernel_and_the_bound_holds():
+    layer = shaken(lambda: LowRankConv2d(4, 6, 3, groups=2, rank=3, **FLOAT64))
+    norms = factor_norms(layer, lr=0.5).loc[""]
+    matrices = unfold(layer.weight.detach(), 2)
+    nuclear = sum(torch.linalg.matrix_norm(m, "nuc") for m in matrices).item()
+    square = layer.weight.square().sum().item()
+    assert norms.nuclear == pytest.approx(nuclear)
+    assert norms.frobenius == pytest.approx(math.sqrt(square))
+    assert norms.effective_step == pytest.approx(0.5 / square)
+    factors = layer.left.square().sum() + layer.right.square().sum()
+    assert norms.bound == pytest.approx(factors.item() / 2)
+    assert norms.bound > norms.nuclear * 1.01
+
+
+def test_factor_norms_of_a_cp_layer_are_bound_by_its_component_weights():
+    layer = shaken(lambda: cpnb.CPConv2d(4, 6, 3, rank=5, **FLOAT64))
+    norms = factor_norms(nn.Sequential(layer)).loc["0"]
+    assert norms.bound == pytest.approx((layer.scale * layer.lam).abs().sum().item())
+    wide = torch.linalg.matrix_norm(layer.weight.detach().flatten(1), "nuc")
+    assert norms.nuclear == pytest.approx(wide.item())
+    assert norms.bound > norms.nuclear
+    nn.init.zeros_(layer.lam)
+    assert factor_norms(layer).effective_step.item() == math.inf
+    nn.init.constant_(layer.lam, math.nan)
+    assert factor_norms(layer).isna().all(axis=None)
+
+
+def proximal_step(layer, mu, lr):
+    optimizer = torch.optim.SGD(layer.parameters(), lr=lr)
+    ProximalL1(mu).after_step(layer, optimizer, 0)
+
+
+def test_proximal_step_is_the_proximal_operator_of_the_penalty():
+    """The new λ minimises |x − λ|²/2 + lr·μ·|σ|·|x|, found here on a fine grid."""
+    layer = cpnb.CPLinear(4, 4, rank=6, **FLOAT64)
+    with torch.no_grad():
+        layer.lam.copy_(torch.linspace(-0.4, 0.5, 6))
+        layer.scale.fill_(-1.5)
+    before = layer.lam.detach().clone()
+    proximal_step(layer, mu=0.5, lr=0.2)
+    grid = torch.linspace(-1, 1, 20001, **FLOAT64)
+    cost = (grid - before[:, None]).square() / 2 + 0.2 * 0.5 * 1.5 * grid.abs()
+    assert_close(layer.lam.detach(), grid[cost.argmin(1)], rtol=0, atol=1e-4)
+
+
+def test_proximal_penalty_makes_zeros_that_truncation_removes_without_a_trace():
+    generator = torch.Generator().manual_seed(0)
+    net = cpnb.DigitsNet(generator=generator)
+    net = cpnb.canonicalize(net, init="unified", generator=generator)
+    data = cpnb.load_data("digits")
+    cpnb.fit(net, data, epochs=8, lr=0.01, hooks=[ProximalL1(1.0)], progress=False)
+    ranks, whole = nonzero_ranks(net), cpnb.cp_layers(net)["conv2"].rank
+    assert 1 < ranks["conv2"] < whole / 2
+    small = cpnb.truncate(net, rank=ranks).double().eval()
+    assert small.conv2.rank == ranks["conv2"]
+    images = torch.rand(50, 1, 8, 8, **FLOAT64)
+    assert_close(small(images), net.double().eval()(images), rtol=1e-12, atol=1e-12)

@@ -1,0 +1,364 @@
+"""Every normalizer on whole models: what it claims, removes, copies and refuses."""
+
+import copy
+import inspect
+import math
+import pickle
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize
+from torch.testing import assert_close
+
+import cpnb
+from cpnb.methods import NORMALIZERS, normalize, remove_normalizer
+from cpnb.methods.normalizers import orthogonalized
+from cpnb.train import param_groups
+
+NAMES = [
+    *("none", "batch", "weight", "weight_data_init", "spectral", "standardized"),
+    *("oni", "conditioned", "scaling", "canonical"),
+]
+COMPUTED = ["weight", "weight_data_init", "spectral", "standardized", "oni"]
+KEEPERS = ["none", "weight", "scaling"]
+WITH_CP = ["none", "batch", "conditioned", "scaling", "canonical"]
+
+
+def small():
+    """A network with every kind of layer that can be normalised, and images."""
+    return nn.Sequential(
+        *(nn.Conv2d(2, 4, 3, padding=1), nn.ReLU()),
+        *(nn.Conv2d(4, 6, 3, groups=2), nn.ReLU(), nn.Flatten(2)),
+        *(nn.Conv1d(6, 5, 2, stride=2), nn.ReLU(), nn.Unflatten(2, (2, 2, 2))),
+        *(nn.Conv3d(5, 6, 2), nn.ReLU(), nn.Flatten()),
+        *(nn.Linear(6, 7), nn.ReLU(), nn.Linear(7, 3)),
+    ).double(), torch.randn(16, 2, 6, 6, dtype=torch.float64)
+
+
+def plane(cp=False):
+    """A network that every normalizer takes, also scaling, and images."""
+    net = nn.Sequential(
+        *(nn.Conv2d(2, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=2)),
+        *(nn.ReLU(), nn.Flatten(), nn.Linear(32, 8), nn.ReLU(), nn.Linear(8, 3)),
+    ).double()
+    net = cpnb.canonicalize(net, rank=0.9, init="unified") if cp else net
+    return net, torch.randn(16, 2, 6, 6, dtype=torch.float64)
+
+
+def normalized(model, name, images, **options):
+    if NORMALIZERS[name].needs_data:
+        options["data"] = images
+    return normalize(model, name, **options)
+
+
+def error(result, expected):
+    return ((result - expected).norm() / expected.norm()).item()
+
+
+def parametrized(model):
+    return [m for m in model.modules() if parametrize.is_parametrized(m, "weight")]
+
+
+def train(model, images, lr=0.05):
+    optimizer = torch.optim.SGD(param_groups(model, 0.01), lr=lr, momentum=0.5)
+    labels = torch.arange(len(images)) % 3
+    for _ in range(3):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+        yield
+
+
+# --- what the names promise -----------------------------------------------------------
+
+
+def test_normalize_has_the_names_of_the_table_and_documents_their_options():
+    assert list(NORMALIZERS) == NAMES
+    text = inspect.getdoc(normalize)
+    for entry in NORMALIZERS.values():
+        parameters = inspect.signature(entry.function).parameters
+        assert all(
+            f"``{name}" in text for name in [*parameters][3:] if name != "options"
+        )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_normalize_keeps_the_function_where_it_says_so(name):
+    model, images = plane()
+    model.train()
+    change = error(normalized(model, name, images)(images), model(images))
+    assert change < 1e-12 if name in KEEPERS else change > 1e-2
+
+
+def spec_weight(v, g):
+    return [g * x / math.sqrt(sum(y * y for y in v)) for x in v]
+
+
+def spec_standardized(v):
+    mean = sum(v) / len(v)
+    deviation = math.sqrt(sum((x - mean) ** 2 for x in v) / (len(v) - 1))
+    return [(x - mean) / (deviation + 1e-5) for x in v]
+
+
+def expected_kernel(name, layer):
+    """The kernel by loops over rows, from what is stored."""
+    kernel = layer.parametrizations["weight"]
+    stored = kernel.original1 if name.startswith("weight") else kernel.original
+    rows = stored.detach().flatten(1)
+    if name.startswith("weight"):
+        lengths = kernel.original0.flatten().tolist()
+        rows = [spec_weight(v, g) for v, g in zip(rows.tolist(), lengths, strict=True)]
+    elif name == "standardized":
+        rows = [spec_standardized(v) for v in rows.tolist()]
+    elif name == "spectral":
+        rows = rows / torch.linalg.matrix_norm(rows, 2)
+    else:  # the iteration as it stands in the paper, group by group
+        groups = getattr(layer, "groups", 1)
+        parts = []
+        for part in rows.chunk(groups):
+            z = part - part.mean(1, keepdim=True)
+            z = z.T if len(z) > len(z.T) else z
+            s = z @ z.T + 1e-5 * torch.eye(len(z))
+            b = torch.eye(len(z), dtype=s.dtype)
+            for _ in range(5):
+                b = 1.5 * b - 0.5 * b @ b @ b @ (s / s.norm())
+            w = b @ z / s.norm().sqrt()
+            parts.append(math.sqrt(2) * (w.T if len(part) > len(part.T) else w))
+        rows = torch.cat(parts)
+    return torch.as_tensor(rows, dtype=torch.float64).view(stored.shape)
+
+
+@pytest.mark.parametrize("name", COMPUTED)
+def test_normalize_computes_the_kernel_of_loops_after_every_step(name):
+    model, images = small()
+    model = normalized(model, name, images)
+    layers = parametrized(model)
+    assert len(layers) == (5 if name == "standardized" else 6)
+    before = [layer.weight.detach().clone() for layer in layers]
+    # Behind standardised kernels signals grow from layer to layer.
+    for _ in train(model, images, lr=1e-4 if name == "standardized" else 0.05):
+        for layer in layers:
+            for _ in range(300 if name == "spectral" else 0):
+                assert layer.weight.isfinite().all()  # each access improves it
+        model.eval()
+        for layer in layers:
+            assert_close(
+                layer.weight, expected_kernel(name, layer), rtol=1e-6, atol=1e-9
+            )
+        model.train()
+    for layer, weight in zip(layers, before, strict=True):
+        assert not torch.equal(layer.weight, weight)
+
+
+@settings(max_examples=40)
+@given(
+    *(st.integers(1, 40), st.integers(2, 40), st.integers(1, 7)),
+    st.sampled_from(["normal", "zero", "zero row", "equal rows", "tiny", "huge"]),
+)
+def test_oni_stays_bounded_and_has_a_finite_gradient(rows, columns, iterations, kind):
+    matrix = torch.randn(rows, columns)
+    if kind == "zero row":
+        matrix[0] = 0
+    elif kind == "equal rows":
+        matrix[:] = matrix[0].clone()
+    else:
+        matrix *= {"normal": 1, "zero": 0, "tiny": 1e-8, "huge": 1e8}[kind]
+    matrix.requires_grad_()
+    result = orthogonalized(matrix, iterations)
+    result.sum().backward()
+    assert torch.linalg.matrix_norm(result, 2) <= 1 + 1e-5
+    assert matrix.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["standardized", "oni"])
+def test_kernels_have_the_gradient_of_finite_differences(name):
+    layer = normalize(nn.Conv2d(4, 6, 2, groups=2).double(), name)
+    module = layer.parametrizations.weight[0]
+    kernel = torch.randn(6, 2, 2, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(module, kernel)
+
+
+def test_batch_norm_stands_behind_every_layer_but_skipped_and_output_ones():
+    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3)).double()
+    for skip, expected in (((), [0, 1]), ("1", [0]), ("2", [0, 1])):
+        new = normalize(net.eval(), "batch", skip=skip)
+        assert [n for n in range(3) if type(new[n]) is nn.Sequential] == expected
+    assert new[0][1].weight.dtype == torch.float64
+    assert not any(module.training for module in new.modules())
+    net = nn.Sequential(cpnb.CPConv2d(2, 6, 2), nn.Flatten(), nn.Linear(36, 2))
+    new = normalize(net, "batch")
+    outputs = new[0](torch.randn(5, 2, 3, 4)).movedim(1, 0).flatten(1)
+    assert outputs.mean(1).abs().max() < 1e-5
+    assert_close(outputs.var(1, correction=0), torch.ones(6), rtol=1e-2, atol=0)
+    assert str(normalize(new, "batch")) == str(new), "it has batch norm already"
+
+
+def test_weight_data_init_gives_outputs_of_mean_0_and_variance_1():
+    net, data = small()
+    model = normalize(net, "weight_data_init", data=data)
+    caught = []
+    for layer in parametrized(model):
+        assert not layer._forward_hooks
+        layer.register_forward_hook(lambda m, i, o: caught.append(o))
+    model(data)
+    for result in caught:
+        flat = result.movedim(1, 0).flatten(1)
+        variance, mean = torch.var_mean(flat, 1, correction=0)
+        assert_close(mean, torch.zeros_like(mean), rtol=0, atol=1e-9)
+        assert_close(variance, torch.ones_like(variance), rtol=1e-5, atol=0)
+
+
+def test_spectral_starts_as_torch_does_and_draws_from_its_generator_alone():
+    layer = nn.Conv2d(3, 20, 3)
+    torch.manual_seed(5)
+    expected = parametrizations.spectral_norm(copy.deepcopy(layer))
+    before = torch.get_rng_state()
+    generator = torch.Generator().manual_seed(5)
+    new = normalize(layer, "spectral", generator=generator)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert_close(new.state_dict(), expected.state_dict(), rtol=0, atol=0)
+
+
+def test_scaling_brings_the_rows_back_after_every_step():
+    net, images = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)), (64, 6)
+    model = normalize(net, "scaling", data=torch.randn(images), c=2.0)
+    pair = (torch.randn(images), torch.randint(3, (64,)))
+    cpnb.fit(model, pair, epochs=1, lr=0.1, progress=False)
+    assert_close(model[0].weight.norm(dim=1), torch.full((5,), 2.0))
+    assert not hasattr(net, "training_hooks")
+    assert not remove_normalizer(model).training_hooks
+
+
+# --- copies ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_normalize_leaves_the_source_and_torchs_generator_alone(name):
+    model, images = plane()
+    model[0].weight.requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    kinds = [type(module) for module in model.modules()]
+    state = torch.get_rng_state()
+    generator = torch.Generator().manual_seed(0)
+    new = normalized(model, name, images, generator=generator)
+    remove_normalizer(new)
+    assert torch.equal(torch.get_rng_state(), state)
+    for p in new.parameters():
+        p.data.add_(1.0)
+    assert [type(module) for module in model.modules()] == kinds
+    assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert not all(p.requires_grad for p in new[0].parameters())
+    if name in COMPUTED:
+        assert not remove_normalizer(new)[0].weight.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("name", "cp"), [*((name, False) for name in NAMES), *((n, True) for n in WITH_CP)]
+)
+def test_remove_normalizer_gives_stock_layers_and_the_same_function(name, cp):
+    model, images = plane(cp)
+    new = normalized(model, name, images)
+    for p in new.parameters():  # somewhere else than at the start
+        p.data.add_(0.01 * torch.randn_like(p))
+    for training in (True, False):
+        removed = remove_normalizer(new.train(training))
+        for module in removed.modules():
+            assert type(module).__module__.startswith("torch.nn.modules")
+            assert module.training == training
+        pickle.dumps(removed)
+        if name != "spectral" or not training:
+            assert error(removed(images), new(images)) < 1e-12
+
+
+@pytest.mark.parametrize("name", [*COMPUTED, "conditioned", "canonical"])
+def test_remove_normalizer_from_a_copy_leaves_the_others_working(name):
+    model, images = small()
+    model = normalized(model, name, images).eval()
+    twin, expected = copy.deepcopy(model), model(images)
+    for one, other in ((twin, model), (model, twin)):
+        assert_close(remove_normalizer(one)(images), expected)
+        for left in (one, other, copy.deepcopy(other)):
+            assert torch.equal(left(images), expected)
+            left(images).sum().backward()
+
+
+def test_remove_normalizer_keeps_cp_layers_and_shared_layers_if_asked_to():
+    model, images = plane(cp=True)
+    new = normalize(model.eval(), "conditioned")
+    plain = remove_normalizer(new, keep_cp=True)
+    kinds = [type(layer) for layer in cpnb.cp_layers(plain).values()]
+    assert kinds == [type(layer) for layer in cpnb.cp_layers(model).values()]
+    assert error(plain(images), new(images)) < 1e-12
+    layer = normalize(nn.Linear(3, 3), "weight")
+    removed = remove_normalizer(nn.Sequential(layer, nn.ReLU(), layer))
+    assert removed[0] is removed[2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "cp"), [*((name, False) for name in NAMES), *((n, True) for n in WITH_CP)]
+)
+def test_normalized_model_compiles_into_one_graph(name, cp):
+    net, images = plane(cp)
+    model = normalized(net, name, images).eval()
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert error(compiled(images), model(images)) < 1e-12
+
+
+@pytest.mark.parametrize("name", [*COMPUTED, "conditioned"])
+def test_param_groups_decay_directions_and_spare_lengths(name):
+    model = normalized(nn.Linear(4, 3), name, torch.randn(9, 4))
+    names = {id(p): n for n, p in model.named_parameters()}
+    groups = param_groups(model, 0.1)
+    direction = "original1" if name.startswith("weight") else "original"
+    decay = [names[id(p)] for p in groups[0]["params"]]
+    assert decay == [f"parametrizations.weight.{direction}"]
+
+
+# --- errors ---------------------------------------------------------------------------
+
+
+def tied():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "options", "error", "text"),
+    [
+        (nn.Linear(2, 2), "batchnorm", {}, ValueError, "name is 'batchnorm', expected"),
+        (nn.Linear(2, 2), "oni", {"rank": 3}, TypeError, "unexpected keyword argument"),
+        (nn.ReLU(), "weight", {}, ValueError, "model is a ReLU with no convolution"),
+        (nn.Linear(2, 2), "oni", {"skip": "a"}, ValueError, r"skip names \['a'\]"),
+        (tied(), "oni", {}, ValueError, "layer '0' shares a parameter: 0.weight"),
+        (
+            *(nn.Sequential(nn.ConvTranspose2d(3, 3, 3)), "weight", {}, TypeError),
+            "layer '0' is a ConvTranspose2d",
+        ),
+        (
+            *(cpnb.CPLinear(3, 2), "weight", {}, TypeError),
+            "layer '' is a CPLinear, whose kernel is computed anew",
+        ),
+        (
+            *(normalize(cpnb.CPLinear(3, 2), "conditioned"), "conditioned", {}),
+            *(TypeError, "Call remove_normalizer first"),
+        ),
+        (
+            *(normalize(nn.Linear(3, 2), "oni"), "weight", {}, TypeError),
+            "it is parametrized; call cpnb.methods.remove_normalizer first",
+        ),
+        (nn.Linear(2, 2), "scaling", {}, TypeError, "missing 1 required .* 'data'"),
+        (
+            *(plane()[0], "scaling", {"skip": "0", "data": plane()[1]}, ValueError),
+            "skip is '0', expected none for 'scaling'",
+        ),
+    ],
+)
+def test_normalize_refuses_bad_input(model, name, options, error, text):
+    with pytest.raises(error, match=text):
+        normalize(model, name, **options)

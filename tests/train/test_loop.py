@@ -1,0 +1,324 @@
+"""Training: the loop against plain torch, seeds, interruption, what it leaves alone."""
+
+import copy
+import math
+import re
+from types import SimpleNamespace
+from unittest.mock import Mock
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from cpnb.convert import canonicalize
+from cpnb.train.batches import Augment
+from cpnb.train.data import load_data
+from cpnb.train.evaluation import accuracy, evaluate
+from cpnb.train.loop import fast_mode, fit
+from cpnb.train.models import DigitsNet
+
+QUIET = {"progress": False}
+SGD = {"optimizer": "sgd", "lr": 0.1}
+CALLS = ["start", "before_forward", "before_step", "after_step", "after_epoch", "stop"]
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def pair(n=30, features=6, classes=3, seed=0):
+    """Random points with the classes of a fixed linear rule."""
+    images = torch.randn(n, features, generator=seeded(seed))
+    rule = torch.randn(features, classes, generator=seeded(100))
+    return images, (images @ rule).argmax(1)
+
+
+def small_net(dropout=0.0, seed=1):
+    model = nn.Sequential(nn.Linear(6, 8), nn.Dropout(dropout), nn.Linear(8, 3))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.5, generator=seeded(seed))
+    return model
+
+
+def weights(model):
+    return [parameter.detach().clone() for parameter in model.parameters()]
+
+
+def same(first, second):
+    return all(map(torch.equal, first, second))
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_data("digits")
+
+
+def test_fit_equals_a_plain_torch_loop():
+    images, labels = pair()
+    model, reference = small_net(), small_net()
+    settings = {"epochs": 3, "batch_size": 8, "lr": 0.1, "momentum": 0.5}
+    settings |= {"optimizer": "sgd", "weight_decay": 0.01, "seed": 4}
+    run = fit(model, (images, labels), schedule="cosine", **settings, **QUIET)
+    groups = [  # no decay of biases
+        {"params": [reference[0].weight, reference[2].weight], "weight_decay": 0.01},
+        {"params": [reference[0].bias, reference[2].bias]},
+    ]
+    sgd = torch.optim.SGD(groups, momentum=0.5)
+    generator, step = seeded(4), 0
+    for record in run.history:
+        losses, correct = 0.0, 0
+        for index in torch.randperm(30, generator=generator).split(8):
+            for group in sgd.param_groups:
+                group["lr"] = 0.1 * (1 + math.cos(math.pi * step / 12)) / 2
+            scores = reference(images[index])
+            loss = F.cross_entropy(scores, labels[index])
+            sgd.zero_grad()
+            loss.backward()
+            sgd.step()
+            losses += loss.item() * len(index)
+            correct += (scores.argmax(1) == labels[index]).sum().item()
+            step += 1
+        assert record["train_loss"] == pytest.approx(losses / 30, rel=1e-5)
+        assert record["train_accuracy"] == pytest.approx(correct / 30)
+    torch.testing.assert_close(weights(model), weights(reference))
+
+
+BEFORE = {  # training loss, validation accuracy after two epochs of version 0.1
+    "adam": ({"lr": 0.003}, 0.652364, 0.8914),
+    "sgd": (SGD | {"schedule": "step", "weight_decay": 1e-3}, 0.554761, 0.8858),
+    "crop": (SGD | {"schedule": "one-cycle", "augment": Augment(1)}, 2.155274, 0.5404),
+}
+
+
+@pytest.mark.parametrize("case", BEFORE)
+def test_fit_gives_the_numbers_of_version_0_1_without_dropout(digits, case):
+    settings, loss, share = BEFORE[case]
+    model = DigitsNet(generator=seeded(3))
+    run = fit(model, digits, epochs=2, batch_size=64, seed=5, **settings, **QUIET)
+    # Another processor adds up in another order, which may turn one image or two.
+    assert run.history[-1]["train_loss"] == pytest.approx(loss, rel=1e-3)
+    assert run.history[-1]["validation_accuracy"] == pytest.approx(share, abs=0.006)
+
+
+def test_fit_default_recipe_trains_a_cp_network_on_real_digits(digits):
+    model = canonicalize(DigitsNet(generator=seeded(0)), generator=seeded(0))
+    assert accuracy(model, digits) < 0.3
+    last = fit(model, digits, epochs=8, **QUIET).history[-1]
+    measured = evaluate(model, digits)
+    assert measured["accuracy"] > 0.93
+    assert last["validation_accuracy"] == measured["accuracy"]
+    assert last["validation_loss"] == pytest.approx(measured["loss"], rel=1e-5)
+
+
+def test_fit_evaluates_what_it_is_given_and_never_the_test_split():
+    splits = {"train": pair(), "validation": pair(9, seed=2), "test": None}
+    run = fit(small_net(), SimpleNamespace(name="x", **splits), epochs=1, **QUIET)
+    assert (run.recipe["images"], run.recipe["data"]) == ([30, 9], "x")
+    (record,) = fit(small_net(), pair(), epochs=1, **QUIET).history
+    assert record["validation_loss"] is None
+    model, held_out = small_net(), pair(9, seed=2)
+    run = fit(model, pair(), validation=held_out, epochs=2, **QUIET)
+    assert run.history[1]["validation_accuracy"] == accuracy(model, held_out)
+
+
+def test_fit_repeats_with_the_seed_whose_dropout_differs_from_another():
+    biases = []
+    for dropout, seed in ((0.5, 1), (0.5, 1), (0.5, 2), (0.0, 1), (0.0, 2)):
+        model = small_net(dropout)
+        torch.rand(seed)  # the global state must not matter
+        # One batch an epoch: the order of the images plays no part, only dropout does.
+        fit(model, pair(), epochs=1, batch_size=30, seed=seed, **SGD, **QUIET)
+        biases.append(model[2].bias.detach())
+    assert torch.equal(biases[0], biases[1])
+    assert not torch.allclose(biases[0], biases[2])
+    torch.testing.assert_close(biases[3], biases[4])
+
+
+def acting_hook(act, at):
+    """A hook that acts on the model after one step."""
+    hook = Mock(spec=CALLS)
+    hook.after_step.side_effect = lambda model, _, step: step == at and act(model)
+    return hook
+
+
+def spoil(model):
+    nn.init.constant_(model[0].weight, math.nan)
+
+
+@pytest.mark.parametrize(
+    ("ending", "act", "epochs"),
+    [
+        ("finished", len, 3),
+        ("diverged", spoil, 1),
+        ("interrupted", Mock(side_effect=KeyboardInterrupt), 1),
+        ("failed", Mock(side_effect=ArithmeticError("here")), 1),
+    ],
+)
+def test_fit_keeps_epochs_puts_back_states_and_stops_hooks(ending, act, epochs):
+    model = small_net(dropout=0.5).train()
+    model[1].eval()
+    hook = acting_hook(act, at=3)  # the last step of the second epoch
+    arguments = {"validation": pair(9), "epochs": 3, "batch_size": 15, **SGD, **QUIET}
+    before, state = weights(model), torch.get_rng_state()
+    if ending == "failed":
+        with pytest.raises(ArithmeticError, match="here"):
+            fit(model, pair(), hooks=[hook], **arguments)
+    else:
+        run = fit(model, pair(), hooks=[hook], **arguments)
+        assert (run.status, len(run.history)) == (ending, epochs)
+    assert not same(weights(model), before)
+    assert torch.equal(state, torch.get_rng_state())
+    assert [module.training for module in model.modules()] == [True, True, False, True]
+    hook.stop.assert_called_once_with(model)
+
+
+def test_fit_recipe_names_what_was_used(digits):
+    settings = {"epochs": 1, "batch_size": 500, "seed": 3, "lr": 0.01}
+    settings |= {"schedule": None, "weight_decay": 0.1}
+    run = fit(DigitsNet(), digits, augment=Augment(crop=1), **settings, **QUIET)
+    assert run.recipe == settings | {
+        **{"model": "DigitsNet", "data": "digits", "data_seed": 0},
+        **{"images": [1079, 359], "optimizer": "adam", "momentum": None},
+        **{"augment": {"crop": 1, "flip": True, "cutout": 0}, "hooks": []},
+        **{"amp": False, "compile": False},
+    }
+    made = fit(small_net(), pair(), epochs=1, optimizer=torch.optim.SGD, **QUIET)
+    used = [made.recipe[name] for name in ("optimizer", "lr", "weight_decay")]
+    assert used == ["SGD", 0.001, None]
+
+
+@pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
+def test_fit_leaves_frozen_submodules_in_eval_mode(mode):
+    backbone = nn.Sequential(nn.BatchNorm1d(6), nn.Dropout(0.5)).requires_grad_(False)
+    model = nn.Sequential(backbone, nn.Dropout(0.5), nn.Linear(6, 3)).train(mode)
+    backbone.eval()
+    before, seen = copy.deepcopy(backbone.state_dict()), set()
+
+    def note(head, inputs):
+        seen.add(tuple(m.training for m in (backbone, *backbone, *model[1:])))
+
+    model[2].register_forward_pre_hook(note)
+    fit(model, pair(), epochs=2, callback=lambda *_: model.eval(), **QUIET)
+    # All in evaluation mode where a first image is tried.
+    assert seen == {(False,) * 5, (False, False, False, True, True)}
+    assert same(before.values(), backbone.state_dict().values())
+    assert [m.training for m in model.modules()] == [mode, *[False] * 3, mode, mode]
+
+
+def test_fit_says_at_which_step_and_rate_it_diverged_and_what_to_try():
+    settings = {"epochs": 3, "batch_size": 10, "schedule": "step", **SGD}
+    # Nine steps; the rate falls after 5 and after 7. NaN weights spoil the next loss.
+    hook = acting_hook(spoil, at=6)
+    run = fit(small_net(), pair(), hooks=[hook], **settings, **QUIET)
+    assert (run.status, len(run.history)) == ("diverged", 2)
+    assert run.message == (
+        "The loss was no longer finite at step 7 (in epoch 3), at a learning rate of "
+        "0.001. Build the network anew and try a smaller lr, such as 0.0001."
+    )
+    assert run.message in repr(run)
+
+
+def test_fit_calls_back_after_each_epoch_with_its_record():
+    model, seen = small_net(), []
+
+    def collect(epoch, trained, record):
+        seen.append((epoch, trained[0].weight[0, 0].item(), record))
+
+    run = fit(model, pair(), epochs=3, callback=collect, **QUIET)
+    epochs, values, records = zip(*seen, strict=True)
+    assert (epochs, [*records]) == ((1, 2, 3), run.history)
+    assert values[0] != values[1] != values[2] == model[0].weight[0, 0].item()
+
+
+def test_fit_calls_hooks_around_each_step_and_those_of_the_model_first():
+    model, both = small_net(), Mock()
+    both.attach_mock(Mock(spec=CALLS), "own")
+    both.attach_mock(Mock(spec=CALLS), "given")
+    model.training_hooks = [both.own]
+    run = fit(model, pair(), epochs=2, batch_size=15, hooks=[both.given], **QUIET)
+    epoch = [*CALLS[1:4], *CALLS[1:4], "after_epoch"]
+    calls = [call[0] for call in both.method_calls]
+    expected = [f"{who}.{n}" for n in ["start", *epoch * 2] for who in ("own", "given")]
+    assert calls == [*expected, "given.stop", "own.stop"]
+    steps = [call.args[-1] for call in both.given.after_step.call_args_list]
+    assert steps == [0, 1, 2, 3]
+    assert run.recipe["hooks"] == [str(both.own), str(both.given)]
+
+
+def test_fit_hooks_change_gradients_before_and_weights_after_the_step():
+    hook = Mock(spec=["before_step", "after_step"])
+    hook.before_step.side_effect = lambda model, *_: model[0].weight.grad.zero_()
+    hook.after_step.side_effect = lambda net, _, n: nn.init.constant_(net[2].bias, n)
+    model, before = small_net(), small_net()
+    fit(model, pair(), epochs=1, batch_size=10, hooks=[hook], **SGD, **QUIET)
+    assert torch.equal(model[0].weight, before[0].weight)
+    assert not torch.equal(model[0].bias, before[0].bias)
+    assert model[2].bias.tolist() == [2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "text"),
+    [
+        ({"hooks": [len]}, TypeError, "in hooks has none of start, before_forward"),
+        ({"data": pair(classes=9)}, ValueError, "as the labels go up to 8"),
+        ({"validation": pair(classes=9)}, ValueError, "as the labels go up to 8"),
+        ({"validation": pair(features=5)}, RuntimeError, "shapes cannot be multiplied"),
+    ],
+    ids=["hook", "labels", "validation", "shape"],
+)
+def test_fit_refuses_before_anything_changes(arguments, error, text):
+    model = small_net().eval()
+    before, state = weights(model), torch.get_rng_state()
+    with pytest.raises(error, match=re.escape(text)):
+        fit(model, **{"data": pair(), **arguments})
+    assert same(before, weights(model))
+    assert torch.equal(state, torch.get_rng_state())
+    assert not any(module.training for module in model.modules())
+
+
+def test_fit_trains_in_bfloat16_and_evaluates_in_full():
+    plain, model, seen = small_net(), small_net(), set()
+    model[0].register_forward_hook(lambda m, _, out: seen.add((out.dtype, m.training)))
+    options = {"validation": pair(9), "epochs": 4, "batch_size": 8, **SGD, **QUIET}
+    loss = fit(plain, pair(), **options).history[-1]["train_loss"]
+    mixed = fit(model, pair(), amp=True, **options).history[-1]["train_loss"]
+    assert seen == {(torch.bfloat16, True), (torch.float32, False)}
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    assert mixed == pytest.approx(loss, rel=0.05)  # bfloat16 keeps 8 bits
+
+
+def test_fit_compiled_agrees_with_plain(monkeypatch):
+    modes, compiler = [], torch.compile
+
+    def eagerly(model, mode):
+        modes.append(mode)
+        return compiler(model, backend="eager")
+
+    monkeypatch.setattr(torch, "compile", eagerly)
+    models = [small_net() for _ in range(3)]
+    for model, compile in zip(models, (False, True, "reduce-overhead"), strict=True):
+        run = fit(model, pair(), epochs=1, compile=compile, **QUIET)
+        assert run.recipe["compile"] is compile
+        torch.testing.assert_close(weights(model), weights(models[0]))
+    assert modes == [None, "reduce-overhead"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("options", [{}, {"amp": True}, {"compile": "reduce-overhead"}])
+def test_fit_trains_on_a_gpu_as_on_the_cpu(digits, options):
+    plain, moved = (DigitsNet(generator=seeded(1)) for _ in range(2))
+    settings = {"epochs": 3, "augment": Augment(crop=1, flip=False), **QUIET}
+    state = torch.cuda.get_rng_state()
+    expected = fit(plain, digits, **settings).history
+    history = fit(moved.cuda(), digits, **settings, **options).history
+    assert torch.equal(state, torch.cuda.get_rng_state())
+    for cpu, gpu in zip(expected, history, strict=True):
+        assert gpu["train_loss"] == pytest.approx(cpu["train_loss"], rel=0.05)
+
+
+@pytest.mark.parametrize("value", ["1", "True", "0", "no", ""])
+def test_fast_mode_reads_the_environment(monkeypatch, value):
+    monkeypatch.setenv("CPNB_FAST", value)
+    assert fast_mode() is (value in ("1", "True"))

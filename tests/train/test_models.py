@@ -1,0 +1,124 @@
+"""The classifiers: sizes, layer names, memory layouts, initial weights."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from cpnb.convert import canonicalize, cp_layers, to_dense
+from cpnb.train.models import DigitsNet, LeNet
+from networks import AlexNet, ResNet
+
+SIZES = [
+    (DigitsNet, (1, 8, 8)),
+    (LeNet, (1, 28, 28)),
+    (AlexNet, (3, 32, 32)),
+    (ResNet, (3, 32, 32)),
+]
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def parameter_count(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def images_for(shape, **options):
+    return torch.randn(3, *shape, generator=seeded(0), **options)
+
+
+@pytest.mark.parametrize(
+    ("network", "per_layer"),
+    [
+        (DigitsNet, [160, 4640, 32832, 650]),
+        (LeNet, [320, 18496, 1179776, 1290]),
+        (AlexNet, [1792, 110784, 663936, 884992, 590080, 4195328, 524800, 5130]),
+    ],
+)
+def test_network_has_the_parameters_of_the_paper(network, per_layer):
+    layers = [layer for layer in network().children() if parameter_count(layer)]
+    assert [parameter_count(layer) for layer in layers] == per_layer
+    assert all(type(layer) in (nn.Conv2d, nn.Linear) for layer in layers)
+
+
+# 0.27 and 0.46 million in the paper.
+@pytest.mark.parametrize(("depth", "count"), [(20, 269_722), (32, 464_154)])
+def test_resnet_has_the_parameters_of_the_paper(depth, count):
+    assert parameter_count(ResNet(depth)) == count
+    wide = ResNet(depth, width=2)
+    convs = [layer for layer in wide.modules() if isinstance(layer, nn.Conv2d)]
+    assert len(convs) + 1 == depth
+    assert [convs[n].out_channels for n in (0, depth // 2, -1)] == [32, 64, 128]
+
+
+def test_resnet_shortcut_takes_every_second_pixel_and_appends_channels_of_zeros():
+    block = ResNet(8).eval().stage2[0]
+    nn.init.zeros_(block.bn2.weight)  # the branch gives nothing
+    hidden = images_for((16, 6, 6)).relu()
+    out = block(hidden)
+    assert torch.equal(out[:, :16], hidden[:, :, ::2, ::2])
+    assert out.shape == (3, 32, 3, 3)
+    assert not out[:, 16:].any()
+
+
+def test_resnet_refuses_a_depth_without_whole_blocks():
+    with pytest.raises(ValueError, match="depth is 18, expected 6·blocks \\+ 2"):
+        ResNet(18)
+
+
+def test_resnet_kernels_have_the_variance_of_he():
+    for name, layer in ResNet(generator=seeded(0)).named_modules():
+        if isinstance(layer, nn.Conv2d):
+            fan_in = layer.weight[0].numel()
+            # The sample variance of n normal numbers has a relative standard
+            # deviation of sqrt(2/n); five of them.
+            tolerance = 5 * (2 / layer.weight.numel()) ** 0.5
+            ratio = layer.weight.square().mean().item() * fan_in / 2
+            assert ratio == pytest.approx(1, abs=tolerance), name
+            assert layer.bias is None
+
+
+@pytest.mark.parametrize("network", [DigitsNet, LeNet, AlexNet, ResNet])
+def test_generator_gives_the_weights_of_torch_layers_made_in_the_same_order(network):
+    state = torch.get_rng_state()
+    model = network(generator=seeded(5))
+    assert torch.equal(state, torch.get_rng_state())
+    torch.manual_seed(5)
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            drawn = [parameter.clone() for parameter in layer.parameters()]
+            if layer.bias is None:
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            else:
+                layer.reset_parameters()
+            assert all(map(torch.equal, drawn, layer.parameters()))
+
+
+@pytest.mark.parametrize(("network", "shape"), SIZES)
+def test_network_converts_to_cp_form_and_back(network, shape):
+    model, images = network(num_classes=3).eval(), images_for(shape)
+    small = canonicalize(model, rank=2)
+    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    assert len(cp_layers(small)) == len(layers)
+    dense = to_dense(small)
+    torch.testing.assert_close(dense(images), small(images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("network", "shape"), SIZES)
+def test_network_agrees_in_both_layouts_and_reaches_every_parameter(network, shape):
+    model = network(num_classes=7).double().eval()
+    images = images_for(shape, dtype=torch.float64)
+    scores = model(images)
+    last = images.contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(model(last), scores)
+    F.cross_entropy(scores, torch.tensor([0, 3, 6])).backward()
+    assert all(parameter.grad.any() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(("network", "shape"), SIZES[1:3])
+def test_network_drops_units_only_in_training(network, shape):
+    model, images = network(), images_for(shape)
+    assert not torch.equal(model(images), model(images))
+    assert torch.equal(model.eval()(images), model(images))
