@@ -16,20 +16,24 @@
 #
 # **You need** matrices and vectors, a little Python, and no knowledge of tensors.
 #
-# **Time, measured on two CPU cores:** 0.6 minutes; fast mode 0.3.
+# **Time, measured on two CPU cores:** 0.6 minutes; fast mode 0.5.
 
 # %%
 import matplotlib.pyplot as plt
+import pandas as pd
 import torch
 
 import cpnb
-from cpnb import plots
-from cpnb.diagnostics import DegeneracyReport, degeneracy
+from cpnb import degeneracy
+from cpnb.cp import canonical_gauge, component_gram, khatri_rao
+from cpnb.explore import explore, plots
+from cpnb.methods import bounded_als
+from cpnb.train import fast_mode
 
 plots.use_style()
 plt.rcParams["figure.dpi"] = 96  # many figures, and the notebook stays below 1 MB
 torch.set_num_threads(1)  # small tensors: a second thread mostly waits for the first
-FAST = cpnb.fast_mode()
+FAST = fast_mode()
 print("fast mode" if FAST else "full mode")
 
 
@@ -149,8 +153,8 @@ for name, tensor in terms.items():
 # that is $\|a_1\|\|b_1\|\|c_1\| = \sqrt5\,\sqrt{10}\,\sqrt2 = 10$.
 
 # %%
-gauge_lam, gauge_factors = cpnb.canonical_gauge(lam, [A, B, C])
-again_lam, _ = cpnb.canonical_gauge(lam, [2 * A, B, C / 2])
+gauge_lam, gauge_factors = canonical_gauge(lam, [A, B, C])
+again_lam, _ = canonical_gauge(lam, [2 * A, B, C / 2])
 print("λ with unit columns:", [round(value, 4) for value in gauge_lam.tolist()])
 print("after rescaling    :", [round(value, 4) for value in again_lam.tolist()])
 torch.testing.assert_close(cpnb.cp_to_kernel(gauge_lam, gauge_factors), total)
@@ -167,7 +171,7 @@ torch.testing.assert_close(cpnb.cp_to_kernel(gauge_lam, gauge_factors), total)
 print("shape             numbers  per component  break-even rank")
 for shape in [(2, 2, 2), (32, 16, 3, 3), (256, 128, 3, 3)]:
     dense, component = torch.Size(shape).numel(), sum(shape) + 1
-    rank = cpnb.break_even_rank(shape)
+    rank = cpnb.cp.break_even_rank(shape)
     print(f"{shape!s:16} {dense:8,} {component:14} {rank:16}")
 
 # %% [markdown]
@@ -475,8 +479,8 @@ def als_sweep(kernel, factors):
     factors = list(factors)
     for n in range(kernel.ndim):
         others = factors[:n] + factors[n + 1 :]
-        gram = cpnb.component_gram(others)  # KᵀK, an R×R matrix
-        product = kernel.movedim(n, 0).flatten(1) @ cpnb.khatri_rao(others)
+        gram = component_gram(others)  # KᵀK, an R×R matrix
+        product = kernel.movedim(n, 0).flatten(1) @ khatri_rao(others)
         factors[n] = torch.linalg.solve(gram, product.T).T
     return factors
 
@@ -494,7 +498,7 @@ def gen(seed):
 draw = gen(0)
 factors = [torch.randn(n, 8, generator=draw).double() for n in trained.shape]
 a8, b8, c8, d8 = als_sweep(trained, factors)
-K = cpnb.khatri_rao([a8, b8, c8])
+K = khatri_rao([a8, b8, c8])
 solved = torch.linalg.lstsq(K, trained.flatten(0, 2)).solution.T
 torch.testing.assert_close(d8, solved)
 print("the same as torch.linalg.lstsq")
@@ -522,7 +526,7 @@ def als_by_hand(kernel, rank, draw, seed, sweeps=HAND_SWEEPS):
         factors = als_sweep(kernel, factors)
         near = cpnb.cp_to_kernel(one, factors)
         errors.append(cpnb.relative_error(kernel, near).item())
-        lam, units = cpnb.canonical_gauge(one, factors)
+        lam, units = canonical_gauge(one, factors)
         factors = [u * lam ** (1 / kernel.ndim) for u in units]  # keep norms alike
     return lam, units, errors
 
@@ -605,7 +609,7 @@ def hide(shape, rank, seed):
     """A kernel of exactly this rank, and the unit factors it is made of."""
     generator = gen(seed)
     normal = [torch.randn(n, rank, generator=generator).double() for n in shape]
-    lam, factors = cpnb.canonical_gauge(torch.ones(rank).double(), normal)
+    lam, factors = canonical_gauge(torch.ones(rank).double(), normal)
     return cpnb.cp_to_kernel(lam, factors), factors
 
 
@@ -619,7 +623,7 @@ kernel, hidden = hide((12, 8, 3, 3), 6, seed=0)
 seen = cpnb.als(kernel, 6, sweeps=300, start="random", generator=gen(1))
 again = cpnb.als(kernel, 6, sweeps=300, start="random", generator=gen(2))
 flat = cpnb.power_method(kernel.flatten(1), 6)  # of a matrix this is the SVD
-as_matrix = [hidden[0], cpnb.khatri_rao(hidden[1:])]
+as_matrix = [hidden[0], khatri_rao(hidden[1:])]
 panels = {
     "ALS, first start": (cosines(hidden, seen.factors), seen),
     "ALS, other start": (cosines(hidden, again.factors), again),
@@ -809,7 +813,7 @@ def removal_error(lam, gram, drop):
 
 # %%
 whole = cpnb.als(trained, 85, generator=gen(0))
-gram, drop = cpnb.component_gram(whole.factors), [0, 3, 4]
+gram, drop = component_gram(whole.factors), [0, 3, 4]
 gone = cpnb.cp_to_kernel(whole.lam[drop], [f[:, drop] for f in whole.factors])
 check("exercise 3", removal_error(whole.lam, gram, drop), gone.norm())
 
@@ -830,10 +834,11 @@ check(
 # %%
 halves = torch.rand(500, 85, generator=gen(1)) < 0.5
 changes = [((whole.lam * h) @ gram @ (whole.lam * h)).item() for h in halves]
+energy = degeneracy(whole.lam, whole.factors).energy
 share = torch.tensor(changes) / trained.norm().float() ** 2
 print(f"mean squared change over ‖W‖²: {share.mean():.3f}", end=" ")
 print(f"± {share.std() / 500**0.5:.3f} (standard error)")
-print(f"(1 + energy) / 4:              {(1 + whole.info.degeneracy.energy) / 4:.3f}")
+print(f"(1 + energy) / 4:              {(1 + energy) / 4:.3f}")
 
 # %% [markdown]
 # ### The experiment
@@ -858,7 +863,7 @@ R, KEPT = 85, [63, 42, 21]
 def bounded(kernel, seed, extra):
     """Smallest components within the error of ALS, or a little more."""
     bound = cpnb.als(kernel, R, generator=gen(seed)).relative_error + extra
-    return cpnb.bounded_als(
+    return bounded_als(
         kernel, R, max_error=bound, sweeps=15 if FAST else 50, generator=gen(seed)
     )
 
@@ -883,7 +888,7 @@ def kept_error(kernel, lam, factors, count, refit=False):
     units = [f[:, keep] for f in factors]
     left = lam[keep]
     if refit:  # ⟨t_r, Ŵ⟩ = Σ_s Γ_rs λ'_s, solved for the λ' that stay
-        gram = cpnb.component_gram(factors)
+        gram = component_gram(factors)
         left = torch.linalg.lstsq(gram[keep][:, keep], gram[keep] @ lam).solution
     return cpnb.relative_error(kernel, cpnb.cp_to_kernel(left, units)).item()
 
@@ -1038,13 +1043,21 @@ for n in [1, 10, 100, 1000]:
 # %% [markdown]
 # ### The degeneracy meter
 #
-# The error goes to zero, but at what price? `cpnb.diagnostics` measures it from the
+# The error goes to zero, but at what price? `cpnb.degeneracy` measures it from the
 # $R\times R$ Gram matrix of the components, without building the kernel, so that it can
 # also watch a training run:
 
+
 # %%
-meter = DegeneracyReport({f"n = {n}": degeneracy(*two_terms(n)) for n in [1, 10, 100]})
-print(meter)
+def meter_table(meters):
+    """What the meters read, one row each."""
+    columns = ["rank", "lam_max", "energy", "worst_cosine", "worst_cancellation"]
+    columns += ["sensitivity", "float32_error", "degenerate"]
+    rows = [meter.to_row() for meter in meters.values()]
+    return pd.DataFrame(rows, index=list(meters))[columns]
+
+
+meter_table({f"n = {n}": degeneracy(*two_terms(n)) for n in [1, 10, 100]})
 
 # %% [markdown]
 # **What to see:** the weights grow without bound, and the most negative cosine of two
@@ -1060,7 +1073,7 @@ print(meter)
 turn = torch.tensor([[0.8, -0.6], [0.6, 0.8]], dtype=torch.float64)  # a rotation
 for n in [10, 1000, 100_000]:
     lam, factors = two_terms(n)
-    lam, factors = cpnb.canonical_gauge(lam, [turn @ f for f in factors])
+    lam, factors = canonical_gauge(lam, [turn @ f for f in factors])
     exact = cpnb.cp_to_kernel(lam, factors)
     rounded = cpnb.cp_to_kernel(lam.float(), [f.float() for f in factors]).double()
     measured_error = cpnb.relative_error(exact, rounded)
@@ -1098,17 +1111,17 @@ def watch(way):
     rows = []
     for sweeps in SWEEPS:
         fit = cpnb.als(border, 2, sweeps=sweeps, tol=0, generator=gen(0), **WAYS[way])
-        cancellation = fit.info.degeneracy.worst_cancellation
+        cancellation = degeneracy(fit.lam, fit.factors).worst_cancellation
         rows.append((fit.relative_error, fit.lam.max().item(), cancellation))
     return torch.tensor(rows), fit
 
 
 watched = {way: watch(way) for way in WAYS}
-held = cpnb.bounded_als(border, 2, max_error=0.05, generator=gen(0))
+held = bounded_als(border, 2, max_error=0.05, generator=gen(0))
 
 # %%
 fig, axes = plt.subplots(1, 3, figsize=(10, 3))
-meter = held.info.degeneracy
+meter = degeneracy(held.lam, held.factors)
 ends = [held.relative_error, held.lam.max(), meter.worst_cancellation]
 names = ["relative error", "largest λ", "cosine of the two terms"]
 colours = {
@@ -1128,12 +1141,13 @@ axes[1].legend(fontsize="x-small")
 plt.show()
 
 # %%
-finals = {way: fit.info.degeneracy for way, (_, fit) in watched.items()}
-finals["bounded_als, 0.05"] = held.info.degeneracy
 three = cpnb.als(border, 3, sweeps=1000, generator=gen(0))
-finals["cpnb.als, rank 3"] = three.info.degeneracy
-print(DegeneracyReport(finals))
-print()
+ended = {way: fit for way, (_, fit) in watched.items()}
+ended |= {"bounded_als, 0.05": held, "cpnb.als, rank 3": three}
+finals = {name: degeneracy(fit.lam, fit.factors) for name, fit in ended.items()}
+meter_table(finals)
+
+# %%
 more = SWEEPS[-1] - SWEEPS[-2]
 for way, (rows, _) in watched.items():
     growth = rows[-1, 1] / rows[-2, 1]
@@ -1155,7 +1169,7 @@ print(f"cpnb.als, rank 3   error {three.relative_error:.6f}")
 # Now the meter on trained kernels at rank 85, the first fits of section 8:
 
 # %%
-print(DegeneracyReport({name: degeneracy(*fits["trained", name]) for name in FITS}))
+meter_table({name: degeneracy(*fits["trained", name]) for name in FITS})
 
 # %% [markdown]
 # **What to see:** the larger the energy, the worse, roughly, the cut in section 8. A
@@ -1211,18 +1225,17 @@ GRID_RANKS = [5, 21, 42, 63, 84]
 GRID_RIDGES = [0.0, 1e-5, 1e-4, 1e-3, 1e-2]
 grid = [
     [
-        cpnb.als(trained, rank, ridge=ridge, generator=gen(0), **TEXTBOOK).info
+        cpnb.als(trained, rank, ridge=ridge, generator=gen(0), **TEXTBOOK)
         for rank in GRID_RANKS
     ]
     for ridge in GRID_RIDGES
 ]
+meters = [[degeneracy(fit.lam, fit.factors) for fit in row] for row in grid]
 maps = {
     "relative error": [[fit.relative_error for fit in row] for row in grid],
-    "largest λ/‖W‖": [[fit.degeneracy.lam_max for fit in row] for row in grid],
-    "energy": [[fit.degeneracy.energy for fit in row] for row in grid],
-    "cancellation": [
-        [fit.degeneracy.worst_cancellation for fit in row] for row in grid
-    ],
+    "largest λ/‖W‖": [[meter.lam_max for meter in row] for row in meters],
+    "energy": [[meter.energy for meter in row] for row in meters],
+    "cancellation": [[meter.worst_cancellation for meter in row] for row in meters],
 }
 
 # %%
@@ -1243,7 +1256,7 @@ plt.show()
 
 best = min(range(5), key=lambda n: maps["relative error"][n][-1])
 print(f"rank 84: the smallest error is at ridge {GRID_RIDGES[best]:g}")
-top = max((fit.degeneracy.energy, fit.degeneracy.rank) for row in grid for fit in row)
+top = max((meter.energy, meter.rank) for row in meters for meter in row)
 print(f"the largest energy, {top[0]:.1f}, is at rank {top[1]}")
 
 # %% [markdown]
@@ -1252,31 +1265,75 @@ print(f"the largest energy, {top[0]:.1f}, is at rank {top[1]}")
 # little ridge even lowers the error after so few sweeps. A small rank is no protection:
 # see where the energy is largest.
 #
-# The explorer has every rank and more ridges. The curve on the left is that of section
+# Now every rank and more ridges, with sliders. The curve on the left is that of section
 # 8: the error when only the largest components are kept. On the right is every fit you
 # have visited. (It needs a running kernel; the picture stands for it elsewhere. The
 # sliders answer to the arrow keys.)
 
 # %%
-explorer = cpnb.DegeneracyExplorer(trained)
+SEEN = {}  # by rank and ridge: errors of the cut fit, and what the meter reads
+
+
+def visit(rank, ridge):
+    """Fit by textbook ALS once, and cut the fit to every number of components."""
+    if (rank, ridge) not in SEEN:
+        fit = cpnb.als(trained, rank, ridge=ridge, generator=gen(0), **TEXTBOOK)
+        kept = range(1, rank + 1)
+        errors = [kept_error(trained, fit.lam, fit.factors, count) for count in kept]
+        SEEN[rank, ridge] = errors, degeneracy(fit.lam, fit.factors)
+    return SEEN[rank, ridge]
+
+
+# %%
+def draw(figure, rank, ridge):
+    """The cut fit on the left; error and energy of all fits seen on the right."""
+    errors, meter = visit(rank, ridge)
+    left, right = figure.subplots(1, 2)
+    left.plot(range(1, rank + 1), errors, color="C1")
+    left.axhline(1, color="0.4", linestyle="--")
+    left.set(xlim=(0, 85), xlabel="components kept", ylabel="relative error")
+    left.set_title("dashed: a kernel of zeros")
+    for cut, other in SEEN.values():
+        right.plot(cut[-1], other.energy, "o", color="C0", alpha=0.5)
+    right.plot(errors[-1], meter.energy, "o", color="C4", markersize=10)
+    right.axhline(3, color="0.4", linestyle="--")
+    right.set(xlim=(0, 1), ylim=(0.3, 100), yscale="log")
+    right.set(xlabel="relative error, all components", ylabel="energy Σλ²/‖W‖²")
+    right.set_title("above the dashed line: degenerate")
+    right.minorticks_off()  # and plain numbers, as formulas are for one thread only
+    right.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    return (
+        f"Rank {rank}, ridge {ridge:g}: error {errors[-1]:.3f}, energy "
+        f"{meter.energy:.2f}, largest λ/‖W‖ {meter.lam_max:.2f}, cancellation "
+        f"{meter.worst_cancellation:.2f}. Half of the components: error "
+        f"{errors[max(1, rank // 2) - 1]:.3f}."
+    )
+
+
+# %%
+ridges = [0.0, *(10.0 ** (n / 2) for n in range(-12, -1))]
+explorer = explore(draw, rank=range(1, 85), ridge=ridges)
+explorer.controls["rank"].value = 84
 explorer
 
 # %%
-explorer.rank.value, explorer.ridge.value = 42, 1e-3
-print(explorer.point.degeneracy.energy, "in the explorer")
+explorer.controls["rank"].value = 42
+explorer.controls["ridge"].value = 1e-3
+print(SEEN[42, 1e-3][1].energy, "with the sliders")
 print(maps["energy"][3][2], "in the picture above")
-explorer.rank.value, explorer.ridge.value = 84, 0.0
+explorer.controls["ridge"].value = 0.0
+explorer.controls["rank"].value = 84
 
 # %% [markdown]
-# Try `cpnb.DegeneracyExplorer(border, 3)` as well: rank two without a ridge is the
+# Put `border` in the place of `trained` as well: rank two without a ridge is the
 # degenerate fit of section 9.
 #
 # ## What was not shown
 #
 # - *Choosing the rank*: `05_truncation` measures what a rank costs in accuracy.
 # - *Errors that matter*: all errors here are errors of one kernel, with every entry
-#   counted alike, of one small network on one small data set. `cpnb.data_aware` weighs
-#   them by the inputs that the layer sees.
+#   counted alike, of one small network on one small data set. `cpnb.truncate(...,
+#   refit="data")` weighs them by the inputs that the layer sees.
 # - *When a decomposition of a given rank is unique or exists at all* is in general hard
 #   to say; Kruskal's condition is the best known sufficient one.
 #
@@ -1289,7 +1346,7 @@ explorer.rank.value, explorer.ridge.value = 84, 0.0
 # - ALS fits all components together and, at larger ranks, needs fewer of them; but its
 #   components may cancel one another, and then they cannot be cut.
 # - At worst no best approximation exists, and $\lambda$ grows without bound. The meter
-#   (`cpnb.diagnostics`) shows it; a ridge or `bounded_als` keeps the weights bounded.
+#   (`cpnb.degeneracy`) shows it; a ridge or `bounded_als` keeps the weights bounded.
 #
 # **Next:** `02_canonical_weight_normalization` makes $\lambda$ and the factors the
 # parameters of a layer, and trains them.

@@ -16,7 +16,7 @@
 #
 # **You need** `01_cp_decomposition`, and the chain rule.
 #
-# **Time, measured on two CPU cores:** 2.3 minutes; fast mode 0.4.
+# **Time, measured on two CPU cores:** 3.0 minutes; fast mode 0.6.
 
 # %%
 import copy
@@ -30,11 +30,14 @@ from torch.nn.utils.parametrizations import weight_norm
 from tqdm import trange
 
 import cpnb
-from cpnb import plots
+from cpnb.cp import component_gram, normalize_columns
+from cpnb.explore import plots
+from cpnb.train import fast_mode
+from cpnb.truncation import select_components
 
 plots.use_style()
 torch.set_num_threads(1)  # small tensors: a second thread mostly waits for the first
-FAST = cpnb.fast_mode()
+FAST = fast_mode()
 print("fast mode" if FAST else "full mode")
 
 
@@ -88,7 +91,7 @@ generator = torch.Generator().manual_seed(0)
 layer = cpnb.CPConv2d(3, 4, 3, rank=5, dtype=torch.float64, generator=generator)
 images = torch.randn(8, 3, 6, 6, dtype=torch.float64, generator=generator)
 
-units, norms = cpnb.normalize_columns(list(layer.factors))
+units, norms = normalize_columns(list(layer.factors))
 kernel = cpnb.cp_to_kernel(layer.scale * layer.lam, units)
 output = F.conv2d(images, kernel, layer.bias)
 
@@ -111,7 +114,7 @@ with torch.no_grad():
     longer.factors[0][:, 2] *= 1000
 print("change of the kernel:", (longer.weight - layer.weight).abs().max().item())
 
-gamma = cpnb.component_gram(units)
+gamma = component_gram(units)
 square = layer.scale**2 * layer.lam @ gamma @ layer.lam
 torch.testing.assert_close(square, layer.weight.square().sum())
 print(f"‖W‖² = {square.item():.6f}, from a {tuple(gamma.shape)} matrix")
@@ -463,7 +466,7 @@ print("with |λ|:", absolute.weight.tolist())
 
 # %%
 for rule, order in {"signed λ": tiny.lam, "|λ|": tiny.lam.abs()}.items():
-    kept = cpnb.select_components(tiny, order.topk(1).indices)
+    kept = select_components(tiny, order.topk(1).indices)
     error = cpnb.relative_error(tiny.weight, kept.weight).item()
     print(f"largest by {rule:8}: keeps λ = {kept.lam.item():4.0f}, error {error:.2f}")
 

@@ -14,7 +14,7 @@
 #
 # **You need** `01_cp_decomposition` and `02_canonical_weight_normalization`.
 #
-# **Time, measured on two CPU cores:** 2.8 minutes; fast mode 0.6.
+# **Time, measured on two CPU cores:** 1.7 minutes; fast mode 0.4.
 
 # %%
 import math
@@ -23,19 +23,23 @@ from functools import partial
 from itertools import pairwise
 
 import matplotlib.pyplot as plt
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
 import cpnb
-from cpnb import plots
-from cpnb.experiments import EXPERIMENTS, STARTS, read_results
-from cpnb.unified import FORMATS
+from cpnb.cp import normalize_columns
+from cpnb.explore import plots
+from cpnb.initializers import gaussian, unified, uniform
+from cpnb.methods import FORMATS, unified_variance
+from cpnb.train import evaluate, fast_mode, paired_difference
+from experiments import EXPERIMENTS, STARTS, read_results
 
 plots.use_style()
 torch.set_num_threads(1)  # small tensors: a second thread mostly waits for the first
-FAST = cpnb.fast_mode()
+FAST = fast_mode()
 print("fast mode" if FAST else "full mode")
 
 # %% [markdown]
@@ -96,14 +100,14 @@ torch.testing.assert_close(entry.var().item(), 9 / 4, rtol=0.02, atol=0)
 # $$\lambda = \sqrt{2O/R} \quad\text{(fan-in)}, \qquad
 # \lambda = \sqrt{2I/R} \quad\text{(fan-out)} .$$
 #
-# This is `cpnb.unified`. It is the unit-column form of the rule of Pan et al. 2022
+# This is `unified`. It is the unit-column form of the rule of Pan et al. 2022
 # ([arXiv:2205.15307](https://arxiv.org/abs/2205.15307)), re-derived here from the
 # paper's abstract; the cells below check it, they do not quote it.
 
 # %%
 SHAPE, RANK = (64, 32, 3, 3), 16
 HE = 2 / math.prod(SHAPE[1:])  # the target: Kaiming's variance, fan-in
-lam, factors = cpnb.unified(SHAPE, RANK, generator=generator, dtype=torch.float64)
+lam, factors = unified(SHAPE, RANK, generator=generator, dtype=torch.float64)
 torch.testing.assert_close(lam, torch.full_like(lam, math.sqrt(2 * 64 / RANK)))
 kernel = cpnb.cp_to_kernel(lam, factors)
 print(f"Var(W) / target = {kernel.square().mean().item() / HE:.3f} in one draw")
@@ -116,11 +120,11 @@ print(f"Var(W) / target = {kernel.square().mean().item() / HE:.3f} in one draw")
 
 # %%
 for rank in (16, 128, 1024):
-    start = partial(cpnb.gaussian, SHAPE, rank, dtype=torch.float64)
+    start = partial(gaussian, SHAPE, rank, dtype=torch.float64)
     kernels = []
     for _ in range(20):
         lam, factors = start(generator=generator)
-        kernels.append(cpnb.cp_to_kernel(lam, cpnb.normalize_columns(factors)[0]))
+        kernels.append(cpnb.cp_to_kernel(lam, normalize_columns(factors)[0]))
     ratio = torch.stack(kernels).square().mean().item() / HE
     print(
         f"gaussian, R = {rank:4}: {ratio:.3f} of the target, R/(2O) = {rank / 128:.3f}"
@@ -149,9 +153,9 @@ def matched_lam(shape, rank, mode, phi):
 
 # %%
 def library_lam(mode, nonlinearity):
-    """λ of `cpnb.unified` for comparison."""
+    """λ of `unified` for comparison."""
     options = {"mode": mode, "nonlinearity": nonlinearity, "dtype": torch.float64}
-    return cpnb.unified((64, 32, 3, 3), 7, **options)[0][0].item()
+    return unified((64, 32, 3, 3), 7, **options)[0][0].item()
 
 
 def check_lam(title, function):
@@ -203,7 +207,7 @@ check_lam("exercise 1, solution", matched_lam_solution)
 # %%
 def as_cp(factors):
     """λ and unit columns of free factors: the lengths go into λ."""
-    units, norms = cpnb.normalize_columns(factors)
+    units, norms = normalize_columns(factors)
     return norms.prod(0), units
 
 
@@ -243,7 +247,7 @@ def variance_ratio(start, rank, draws, seed=0):
     generator, ratios = torch.Generator().manual_seed(seed), []
     for _ in range(draws):
         lam, factors = start(SHAPE, rank, generator=generator, dtype=torch.float64)
-        kernel = cpnb.cp_to_kernel(lam, cpnb.normalize_columns(factors)[0])
+        kernel = cpnb.cp_to_kernel(lam, normalize_columns(factors)[0])
         ratios.append(kernel.square().mean().item() / HE)
     return torch.tensor(ratios, dtype=torch.float64)
 
@@ -336,7 +340,7 @@ def spread(ratios):
 # %%
 def free_gaussian(shape, rank, *, generator=None, **_):
     """Free Gaussian factors with the variance of the unified rule."""
-    std = cpnb.unified_variance("cp", shape, rank) ** 0.5
+    std = unified_variance("cp", shape, rank) ** 0.5
     factors = [torch.empty(n, rank, dtype=torch.float64) for n in shape]
     return as_cp([f.normal_(0, std, generator=generator) for f in factors])
 
@@ -347,7 +351,7 @@ def check_spread(title, function):
     check(title, function(sample), torch.tensor(0.5))
     if function(sample) is None:
         return
-    for name, start in {"unit columns": cpnb.unified, "free": free_gaussian}.items():
+    for name, start in {"unit columns": unified, "free": free_gaussian}.items():
         draws = [variance_ratio(start, rank, DRAWS, seed=1) for rank in RANKS]
         print(f"{name:14}" + "".join(f"{function(d).item():8.0%}" for d in draws))
 
@@ -382,7 +386,7 @@ ring = {"O": 4, "P": 4, "I": 4, "J": 3}  # the ring has two cores for each chann
 generator = torch.Generator().manual_seed(0)
 print("format    weights        σ²   Var(W) / target, mean ± standard error")
 for name, form in FORMATS.items():
-    variance = cpnb.unified_variance(name, SMALL, SMALL_RANK)
+    variance = unified_variance(name, SMALL, SMALL_RANK)
     edges = {**sizes, **(ring if name == "tr" else {})}
     edges |= dict.fromkeys(form.ranks, SMALL_RANK)
     squares = []
@@ -413,10 +417,10 @@ WIDTHS = [round(16 * 4 ** (k / 20)) for k in range(21)]
 DEPTH_RANK, DEPTH_SEEDS = 32, range(2 if FAST else 8)
 DEPTH_STARTS = {
     "Kaiming on each factor": kaiming_each,
-    "gaussian": cpnb.gaussian,
-    "uniform": cpnb.uniform,
-    "unified, fan-in": cpnb.unified,
-    "unified, fan-out": partial(cpnb.unified, mode="fan_out"),
+    "gaussian": gaussian,
+    "uniform": uniform,
+    "unified, fan-in": unified,
+    "unified, fan-out": partial(unified, mode="fan_out"),
 }
 
 
@@ -492,7 +496,7 @@ print(f"the rule for fan-out, Π I/O: {WIDTHS[0] / WIDTHS[-1]:.2g} forwards, "
 #
 # ### Exercise 3: a start in between
 #
-# Write `balanced(shape, rank, **options)`: the directions of `cpnb.unified`, with the
+# Write `balanced(shape, rank, **options)`: the directions of `unified`, with the
 # *geometric mean* of the fan-in and the fan-out λ. By the rule activations then shrink
 # by the factor by which gradients grow: two, the root of what one of them had to bear.
 #
@@ -528,7 +532,7 @@ check_balanced("exercise 3", balanced)
 # %% tags=["solution"]
 def balanced_solution(shape, rank, **options):
     """λ and factors of a start between fan-in and fan-out."""
-    lam, factors = cpnb.unified(shape, rank, **options)
+    lam, factors = unified(shape, rank, **options)
     return lam * (shape[1] / shape[0]) ** 0.25, factors
 
 
@@ -565,7 +569,7 @@ def train(name, lr, seed):
 
 def fit(net, name, lr, seed):
     """The record of a training on the digits; notes the loss before it."""
-    loss = cpnb.evaluate(net, data)["loss"]
+    loss = evaluate(net, data)["loss"]
     FIRST_LOSS.setdefault(name, []).append(loss)
     options = {"epochs": EPOCHS, "batch_size": 64, "progress": False}
     return cpnb.fit(net, data, lr=lr, seed=seed, **options)
@@ -612,23 +616,21 @@ plt.show()
 # its mean (Student's $t$, because the seeds are few). When the interval contains zero,
 # the starts were not told apart; that is not the same as being equal.
 
+
 # %%
-STUDENT = {2: 12.71, 5: 2.776}  # 97.5 % points of t with n - 1 degrees of freedom
-
-
 def report(accuracies, rates, reference="power"):
-    """Print a table of test accuracies; return difference and half width, in points."""
-    gaps, count = {}, len(accuracies[reference])
-    print(f"test accuracy, mean ± std, n = {count}; difference to {reference}, 95 %")
-    for name, values in accuracies.items():
-        values, base = torch.tensor(values), torch.tensor(accuracies[reference])
-        gap = 100 * (values - base)
-        gaps[name] = gap.mean().item(), STUDENT[count] * gap.std().item() / count**0.5
+    """Print a table of test accuracies; return the differences, in points."""
+    points, base = {}, pd.Series([*accuracies[reference]])
+    n = len(base)
+    print(f"test accuracy, mean ± std, n = {n}; difference to {reference}, 95 %")
+    for name, accuracy in accuracies.items():
+        values = pd.Series([*accuracy])
         line = f"{name:26} lr {rates[name]:<7g}{values.mean():.2%} ± {values.std():.2%}"
+        points[name] = paired_difference(100 * values, 100 * base)
         if name != reference:
-            line += f"   {gaps[name][0]:+.2f} ± {gaps[name][1]:.2f} points"
+            line += f"   {points[name].mean:+.2f} ± {points[name].half:.2f} points"
         print(line)
-    return gaps
+    return points
 
 
 digits_gaps = report(tested, best)
@@ -697,11 +699,11 @@ def power_kaiming(shape, rank, *, weight=None, generator=None, **options):
 
 
 DEEP = {
-    "unified": cpnb.unified,
+    "unified": unified,
     "power": "power",
-    LAST: cpnb.unified,
+    LAST: unified,
     "power (Kaiming)": power_kaiming,
-    "gaussian": cpnb.gaussian,
+    "gaussian": gaussian,
 }
 DEEP_RATES = [0.001] if FAST else [0.0003, 0.001, 0.003]
 DEEP_EPOCHS = 5 if FAST else 10
@@ -750,33 +752,26 @@ for name, values in deep_tested.items():
 # ## 8. The race on MNIST, from the record
 #
 # The same race with the paper's LeNet at the authors' ranks takes longer than a
-# notebook should. `python -m cpnb.experiments run initialization-mnist` ran it and left
-# records, which this cell reads; no data set is needed.
+# notebook should. `python notebooks/experiments.py run initialization-mnist` ran it and
+# left a record, which this cell reads; no data set is needed.
 
 # %%
 NAME = "initialization-mnist"
-wanted, mnist = EXPERIMENTS[NAME], read_results("results")[NAME]
-rates = {name: record.best[0] for name, record in mnist.records.items()}
-cells = [cell for record in mnist.records.values() for cell in record.cells]
-place = cells[0]["provenance"]
-minutes = sum(sum(cell["seconds"]) for cell in cells) / 60
-recipe, source = mnist.records["unified"].recipe, mnist.records["unified"].data
-ranks, settings = recipe["options"]["rank"], recipe["settings"]
+wanted, mnist = EXPERIMENTS[NAME], read_results()[NAME]
+runs, recipe = mnist.runs, mnist.recipes["unified"]
+place, minutes = runs.iloc[0], runs.seconds.sum() / 60
 print(wanted.title)
-print(source["holds"])
-print("ranks:", ", ".join(f"{name} {rank}" for name, rank in ranks.items()))
-print(f"{settings['optimizer']}, batch {settings['batch_size']}, rates", end=" ")
-print(*wanted.tune["lr"])
-print(f"{len(cells)} runs, {minutes:.0f} minutes of training, {place['date'][:10]}")
-print(
-    f"{place['device']}, {place['threads']} thread, torch {place['versions']['torch']}"
-)
+print(mnist.data)
+ranks = recipe.options["rank"].items()
+print("ranks:", ", ".join(f"{name} {rank}" for name, rank in ranks))
+print("{optimizer}, batch {batch_size}, rates".format(**recipe.settings), *mnist.rates)
+print(f"{len(runs)} runs, {minutes:.0f} minutes of training, {place.date[:10]}")
+print(f"{place.device}, {place.threads} thread, torch {place.torch}")
 
 # %%
-mnist_races = mnist.runs()
 fig, axes = plt.subplots(1, 2, figsize=(10, 3.6))
-plots.plot_training(mnist_races, "train_loss", ax=axes[0])
-plots.plot_training(mnist_races, "validation_accuracy", ax=axes[1])
+plots.plot_training(mnist.final_curves, "train_loss", ax=axes[0])
+plots.plot_training(mnist.final_curves, "validation_accuracy", ax=axes[1])
 axes[0].set_yscale("log")
 axes[0].set_title("MNIST: loss on the training images")
 axes[1].set_title("MNIST: accuracy on the validation images")
@@ -787,16 +782,12 @@ plt.show()
 # a reduced size: few training images, few epochs.
 
 # %%
-tests = {name: mnist.records[name].tested for name in NAMES}
-mnist_tested = {name: [cell["test_accuracy"] for cell in tests[name]] for name in NAMES}
-mnist_gaps = report(mnist_tested, rates)
-for name in NAMES:
-    losses = [cell["start_validation_loss"] for cell in tests[name]]
-    first = sum(losses) / len(losses)
-    print(f"{name:14} first loss {first:.2f}")
-for name in NAMES:
-    if rates[name] in (min(wanted.tune["lr"]), max(wanted.tune["lr"])):
-        print(f"{name}: the best rate is at the edge of the grid")
+tests = mnist.finals.groupby("recipe")
+mnist_gaps = report({n: tests.get_group(n).test_accuracy for n in NAMES}, mnist.best)
+for name, loss in tests.start_validation_loss.mean()[NAMES].items():
+    print(f"{name:14} first loss {loss:.2f}")
+for name in mnist.table().query("edge").index:
+    print(f"{name}: the best rate is at the edge of the grid")
 
 # %% [markdown]
 # **What to see in the table:** how much of the distance between `unified` and the
@@ -806,12 +797,8 @@ for name in NAMES:
 # What does the fit itself cost? The seconds to start one LeNet, before any training:
 
 # %%
-waits = {
-    name: torch.tensor([cell["start_seconds"] for cell in mnist.records[name].cells])
-    for name in NAMES
-}
-waits = {name: seconds.median().item() for name, seconds in waits.items()}
-epoch = torch.tensor([cell["seconds"] for cell in cells]).median().item()
+waits = runs.groupby("recipe").start_seconds.median()[NAMES]
+epoch = torch.tensor([*mnist.curves.seconds]).median().item()
 for name, seconds in waits.items():
     print(f"{name:14} {seconds:6.2f} s, {seconds / epoch:6.1%} of an epoch")
 
@@ -824,11 +811,10 @@ for name, seconds in waits.items():
 # %%
 def verdict(name, gaps):
     """A start against the power method, in points of test accuracy."""
-    difference, half = gaps[name]
-    seen = "not told apart"
-    if abs(difference) > half:
-        seen = "better" if difference > 0 else "worse"
-    return f"{name} {difference:+.2f} ± {half:.2f} ({seen})"
+    gap, seen = gaps[name], "not told apart"
+    if gap.told_apart:
+        seen = "better" if gap.mean > 0 else "worse"
+    return f"{name} {gap.mean:+.2f} ± {gap.half:.2f} ({seen})"
 
 
 cheap = ("unified", "unified_small", "gaussian", "uniform")
@@ -837,8 +823,9 @@ cheap = ("unified", "unified_small", "gaussian", "uniform")
 # %%
 def answer():
     """The paragraph."""
-    wins = sum(g[n][0] > g[n][1] for g in (digits_gaps, mnist_gaps) for n in cheap)
-    near = {n: max(cheap, key=lambda x: g[x][0])
+    pairs = [gaps[n] for gaps in (digits_gaps, mnist_gaps) for n in cheap]
+    wins = sum(gap.told_apart and gap.mean > 0 for gap in pairs)
+    near = {n: max(cheap, key=lambda x: g[x].mean)
             for n, g in (("digits", digits_gaps), ("MNIST", mnist_gaps))}  # fmt: skip
     share = {n: torch.tensor(values).mean().item() for n, values in deep_tested.items()}
     return (
@@ -846,7 +833,7 @@ def answer():
         f"better than the power method. Points of test accuracy against it, 95 %: on "
         f"digits (n = {len(SEEDS)}) "
         + ", ".join(verdict(name, digits_gaps) for name in (*cheap, "als"))
-        + f"; on MNIST at reduced size (n = {len(wanted.seeds)}) "
+        + f"; on MNIST at reduced size (n = {len(mnist.seeds)}) "
         + ", ".join(verdict(name, mnist_gaps) for name in (*cheap, "als"))
         + f". The nearest random starts are {near['digits']} on digits and "
         f"{near['MNIST']} on MNIST. For the unified start the last layer matters: with "
@@ -871,7 +858,7 @@ print(textwrap.fill(answer(), 84))
 # ## What was not shown
 #
 # - *MNIST at full size, CIFAR-10, SGD and RMSprop*, the paper's setting: the full-size
-#   experiment is defined (`python -m cpnb.experiments list`) and outstanding.
+#   experiment is defined (`python notebooks/experiments.py list`) and outstanding.
 # - *Batch normalization*, which repairs a wrong variance at run time.
 # - *Starting from a trained kernel*: there a fit is not a luxury but the point, see
 #   `01_cp_decomposition`.
@@ -881,7 +868,7 @@ print(textwrap.fill(answer(), 84))
 # - With unit columns $\operatorname{Var}(W) = R\lambda^2/(O I K_h K_w)$; the paper's
 #   $2/R$ cancels, and its starts have $R/(2O)$ of Kaiming's variance.
 # - $\lambda = \sqrt{2O/R}$ gives Kaiming's variance at every rank, in nearly every
-#   draw; for any tensor format `cpnb.unified_variance` gives the variance of free
+#   draw; for any tensor format `unified_variance` gives the variance of free
 #   factors.
 # - A factor per layer is a power in depth: deep networks need the right variance.
 # - At four layers the fitted starts are ahead or not told apart; the fit costs a
@@ -904,6 +891,5 @@ print(textwrap.fill(answer(), 84))
 # doi:10.1109/5.726791 (MNIST).
 
 # %%
-versions = place["versions"]
 print(f"here: cpnb {cpnb.__version__}, torch {torch.__version__.split('+')[0]}")
-print("records:", ", ".join(f"{name} {version}" for name, version in versions.items()))
+print(f"records: cpnb {place.cpnb}, torch {place.torch}, python {place.python}")

@@ -16,26 +16,28 @@
 # **You need** `02_canonical_weight_normalization`; `03_initialization` explains the
 # starts.
 #
-# **Time, measured on two CPU cores:** 1.2 minutes; fast mode 0.4.
+# **Time, measured on two CPU cores:** 1.4 minutes; fast mode 0.6.
 
 # %%
 import math
 import textwrap
 
+import ipywidgets
 import matplotlib.pyplot as plt
+import pandas as pd
 import torch
-from scipy.stats import t as student
 from torch import nn
 from torch.nn.utils import parametrize
 
 import cpnb
-from cpnb import plots
-from cpnb.experiments import EXPERIMENTS, read_results
+from cpnb.explore import explore, plots
+from cpnb.train import REGISTRY, Recipe, build, fast_mode, paired_difference
+from experiments import EXPERIMENTS, read_results
 
 plots.use_style()
 plt.rcParams["figure.dpi"] = 85  # many figures: keeps this file small
 torch.set_num_threads(1)  # small tensors: a second thread mostly waits for the first
-FAST = cpnb.fast_mode()
+FAST = fast_mode()
 SEEDS = range(2 if FAST else 5)
 print(f"{'fast' if FAST else 'full'} mode, n = {len(SEEDS)} networks per method")
 
@@ -75,9 +77,9 @@ assert abs(honest) < 0.005
 #
 # ## 2. A comparison on the digits, now
 #
-# A `Recipe` says how a network is made and trained. `"none"` is the plain network, the
-# others are names in `cpnb.NORMALIZERS`; `"canonical"` puts every layer in CP form with
-# as many parameters as it had.
+# A `Recipe` says how a network is made and trained, in names and numbers. `"none"` is
+# the plain network, the others are names in `cpnb.methods.NORMALIZERS`; `"canonical"`
+# puts every layer in CP form with as many parameters as it had.
 #
 # **Predict:** after ten passes over 1,079 small images, who is ahead, and who needs the
 # most seconds for it?
@@ -88,7 +90,7 @@ SETTINGS = {"epochs": 6 if FAST else 10, "batch_size": 64, "schedule": None}
 
 def digits_recipe(name, normalizer, **options):
     """Train a small network on the digits with Adam."""
-    return cpnb.Recipe(name, "DigitsNet", normalizer, options, settings=SETTINGS)
+    return Recipe(name, "DigitsNet", normalizer, options, settings=SETTINGS)
 
 
 recipes = [
@@ -101,28 +103,27 @@ recipes = [
 ]
 RATES = [0.001, 0.01] if FAST else [0.001, 0.003, 0.01, 0.03]
 data = cpnb.load_data()
-digits = cpnb.compare(recipes, data, seeds=SEEDS, tune={"lr": RATES})
-digits
+digits = cpnb.compare(recipes, data, seeds=SEEDS, rates=RATES)
+digits.table()
 
 # %% [markdown]
 # `compare` hides nothing: one of its networks, made and trained by hand, has the very
 # same course.
 
 # %%
-record = digits.records["weight"]
-run = record.runs()[0]
-network = recipes[2].build(data, seed=0)
-again = cpnb.fit(network, data, **SETTINGS, lr=record.best[0], seed=0, progress=False)
+network, lr = build(recipes[2], data, seed=0), digits.best["weight"]
+again = cpnb.fit(network, data, **SETTINGS, lr=lr, seed=0, progress=False)
 ours = [epoch["train_loss"] for epoch in again.history]
-theirs = [epoch["train_loss"] for epoch in run.history]
+curve = digits.final_curves.query("recipe == 'weight' and seed == 0")
+theirs = curve.train_loss.tolist()
 torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)  # rounded to 5 digits
 print("train loss by hand:", *(f"{loss:.4f}" for loss in ours[:5]), "…")
 print("train loss in compare:", *(f"{loss:.4f}" for loss in theirs[:5]), "…")
 
 # %%
 fig, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True)
-plots.plot_training(digits.runs(), ax=axes[0])
-plots.plot_training(digits.runs(), ax=axes[1], axis="seconds")
+plots.plot_training(digits.final_curves, ax=axes[0])
+plots.plot_training(digits.final_curves, ax=axes[1], axis="seconds")
 axes[0].get_legend().remove()
 axes[0].set_title("digits: against epochs")
 axes[1].set_title("the same against seconds")
@@ -138,8 +139,8 @@ plt.show()
 # ## 3. The paper's setting, from records
 #
 # The paper trains a LeNet on MNIST, with SGD and with RMSprop, and an AlexNet on
-# CIFAR-10 and SVHN. Such runs are too long for a notebook: `python -m cpnb.experiments
-# run NAME` makes them, cell by cell, and leaves a record for each method. The next cell
+# CIFAR-10 and SVHN. Such runs are too long for a notebook: `python experiments.py run
+# NAME` makes them, one training after the other, and leaves a record. The next cell
 # says which there are. They are read here without any data set.
 
 # %%
@@ -150,18 +151,14 @@ SETS = {
     "MNIST, RMSprop": results["mnist-lenet-rmsprop-cpu"],
 }
 for title, comparison in SETS.items():
-    cells = [cell for record in comparison.records.values() for cell in record.cells]
-    first = comparison.records["none"]
-    place = cells[0]["provenance"]
-    minutes = sum(sum(cell["seconds"]) for cell in cells) / 60
-    print(f"{title}: {len(comparison.records)} methods, {len(cells)} networks")
-    print(f"  {first.data['holds']}")
-    print(f"  {place['device']}, {place['threads']} thread, torch", end=" ")
-    print(f"{place['versions']['torch']}, {place['date'][:10]}, {minutes:.0f} minutes")
-    print(
-        f"  rates {first.plan['tune']['lr']}, {len(first.plan['seeds'])} fresh seeds;"
-    )
-    print(f"  {'complete' if comparison.is_complete else 'not complete'}")
+    runs, minutes = comparison.runs, comparison.runs.seconds.sum() / 60
+    place = runs.iloc[0]
+    print(f"{title}: {runs.recipe.nunique()} methods, {len(runs)} networks")
+    print(f"  {comparison.data}")
+    print(f"  {place.device}, {place.threads} thread, torch {place.torch}", end=", ")
+    print(f"{place.date[:10]}, {minutes:.0f} minutes")
+    print(f"  rates {comparison.rates}, {len(comparison.seeds)} fresh seeds;")
+    print(f"  {'not complete' if comparison.missing() else 'complete'}")
 missing = [name for name in EXPERIMENTS if name not in results]
 print(textwrap.fill(f"not run yet: {', '.join(missing)}", 84))
 
@@ -178,19 +175,19 @@ print(textwrap.fill(f"not run yet: {', '.join(missing)}", 84))
 # start and the optimizer matter?
 
 # %%
-CANONICAL = [name for name in SETS["MNIST, SGD"].records if "canonical" in name]
-OTHERS = [name for name in SETS["MNIST, SGD"].records if name not in CANONICAL]
+CANONICAL = [name for name in SETS["MNIST, SGD"].recipes if "canonical" in name]
+OTHERS = [name for name in SETS["MNIST, SGD"].recipes if name not in CANONICAL]
 
 
-def chosen(title, names):
-    """The tested runs of some methods."""
-    runs = SETS[title].runs()
-    return {name: runs[name] for name in names if name in runs}
+def chosen(comparison, names):
+    """The curves of the tested networks of some methods."""
+    curves = comparison.final_curves
+    return curves[curves.recipe.isin(names)]
 
 
 def panel(ax, title, names, measure, axis="epoch"):
     """Draw one panel without a legend of its own."""
-    plots.plot_training(chosen(title, names), measure, ax, axis=axis)
+    plots.plot_training(chosen(SETS[title], names), measure, ax, axis=axis)
     ax.get_legend().remove()
 
 
@@ -251,35 +248,32 @@ tidy(fig, axes)
 
 # %%
 def gaps(comparison, reference="none"):
-    """Difference to the reference in points of test accuracy, and its half width."""
-    found = {}
-    base = {c["seed"]: c["test_accuracy"] for c in comparison.records[reference].tested}
-    for name, record in comparison.records.items():
-        pairs = [(c["test_accuracy"], base[c["seed"]]) for c in record.tested]
-        points = torch.tensor([100 * (a - b) for a, b in pairs if None not in (a, b)])
-        quantile = student.ppf(0.975, len(points) - 1)
-        half = quantile * points.std().item() / len(points) ** 0.5
-        found[name] = points.mean().item(), half
-    return found
+    """Differences to the reference in points of test accuracy, by method."""
+    finals = comparison.finals
+    points = 100 * finals.pivot(index="seed", columns="recipe", values="test_accuracy")
+    return {
+        name: paired_difference(points[name], points[reference])
+        for name in comparison.recipes
+    }
 
 
 def ranking(comparison):
-    """The rows of the methods of which a network finished, the best first."""
-    rows = [row for row in comparison.rows() if row["n"]]
-    return sorted(rows, key=lambda row: -row["test"][0])
+    """The methods of which a network finished, the best first."""
+    return comparison.table().query("n > 0").sort_values("test", ascending=False)
 
 
 # %%
 differences = {title: gaps(comparison) for title, comparison in SETS.items()}
 for title, comparison in SETS.items():
     print(f"{title}: test accuracy, rate, points against none with 95 %")
-    for row in ranking(comparison):
-        (centre, width), (gap, half) = row["test"], differences[title][row["recipe"]]
-        line = f"{row['recipe']:20}{centre:7.2%} ± {100 * width:.2f}"
-        line += f"   {row['lr']:<7g}"
-        if row["recipe"] != "none":
-            line += f"{gap:+6.2f} ± {half:.2f}{'' if abs(gap) > half else '  ~'}"
-        print(line + (f"   {row['diverged']} diverged" if row["diverged"] else ""))
+    for name, row in ranking(comparison).iterrows():
+        line = f"{name:20}{row.test:7.2%} ± {100 * row.test_std:.2f}   {row.lr:<7g}"
+        if name != "none":
+            gap = differences[title][name]
+            line += (
+                f"{gap.mean:+6.2f} ± {gap.half:.2f}{'' if gap.told_apart else '  ~'}"
+            )
+        print(line + (f"   {row.diverged} diverged" if row.diverged else ""))
     print()
 
 # %% [markdown]
@@ -294,27 +288,19 @@ for title, comparison in SETS.items():
 
 # %%
 def by_rate(comparison):
-    """Validation accuracy after the last epoch, by method and rate."""
-    return {
-        name: {
-            lr: cell["validation_accuracy"][-1]
-            if cell["status"] == "finished"
-            else math.nan
-            for lr, decay in record.choices
-            for cell in record.at("tune", (lr, decay))
-        }
-        for name, record in comparison.records.items()
-    }
+    """Validation accuracy after the last epoch, a row per method, a column per rate."""
+    runs = comparison.runs.query("phase == 'tune' and status == 'finished'")
+    scores = runs.pivot(index="recipe", columns="lr", values="validation_accuracy")
+    return scores.loc[list(comparison.recipes)]
 
 
 fig, axes = plt.subplots(1, 3, figsize=(10, 4.2), sharey=True)
 for ax, comparison in zip(axes, SETS.values(), strict=True):
-    for name, scores in by_rate(comparison).items():
-        look = plots.METHOD_STYLES[name]
-        ax.plot(*zip(*scores.items(), strict=True), color=look.color,
-                marker=look.marker, label=look.label)  # fmt: skip
+    for name, scores in by_rate(comparison).iterrows():
+        label, color, marker = plots.METHOD_STYLES[name]
+        ax.plot(scores.index, scores, color=color, marker=marker, label=label)
     ax.set(xscale="log", xlabel="learning rate")
-    ax.set_xticks([*scores], [f"{rate:g}" for rate in scores])
+    ax.set_xticks(scores.index, [f"{rate:g}" for rate in scores.index])
     ax.set_xticks([], minor=True)
     ax.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
 axes[0].set_ylabel("validation accuracy, one network")
@@ -322,22 +308,19 @@ tidy(fig, axes[None])
 
 # %%
 for title, comparison in SETS.items():
-    scores, common = by_rate(comparison), comparison.records["none"].best[0]
-    own = {name: max(s.values(), key=lambda v: -1 if math.isnan(v) else v)
-           for name, s in scores.items()}  # fmt: skip
-    same = {name: s[common] for name, s in scores.items()}
-    lost = {name: own[name] - same[name] for name in own}
-    worst = max(lost, key=lambda name: 1.0 if math.isnan(lost[name]) else lost[name])
-    said = "diverges" if math.isnan(lost[worst]) else f"loses {lost[worst]:.1%}"
+    scores, common = by_rate(comparison), comparison.best["none"]
+    own, same = scores.max(axis=1), scores[common]
+    worst = (own - same).fillna(1).idxmax()
+    lost = own[worst] - same[worst]
+    said = "diverges" if math.isnan(lost) else f"loses {lost:.1%}"
     print(f"{title}: at {common:g}, the rate of the plain network, {worst} {said};")
-    rank = sorted(own, key=lambda name: -own[name])
+    rank = own.sort_values(ascending=False, kind="stable").index
     print(f"  tuned, the first three are {', '.join(rank[:3])};")
-    rank = sorted(same, key=lambda name: 1 if math.isnan(same[name]) else -same[name])
+    rank = same.sort_values(ascending=False, kind="stable").index
     print(f"  at that common rate {', '.join(rank[:3])}.")
-    edge = {min(r.choices)[0] for r in comparison.records.values()}
-    edge |= {max(r.choices)[0] for r in comparison.records.values()}
-    at = [n for n, r in comparison.records.items() if r.best and r.best[0] in edge]
-    print(f"  the best rate is at the edge of the grid for {', '.join(at)}.")
+    table = comparison.table()
+    at = ", ".join(table.index[table.edge])
+    print(f"  the best rate is at the edge of the grid for {at}.")
 
 # %% [markdown]
 # **What to see:** under SGD the lines rise to a rate and then fall off a cliff, and the
@@ -367,13 +350,13 @@ for title, comparison in SETS.items():
 # one can be compared in kind: who is behind after the first epoch of SGD?
 
 # %%
-for title in SETS:
+for title, comparison in SETS.items():
+    curves = comparison.final_curves
+    means = curves.pivot_table("validation_accuracy", "epoch", "recipe")
     for epoch, place in (("first", 0), ("last", -1)):
         line = f"{title + ', ' + epoch + ' epoch, validation:':46}"
         for name in ("none", "weight", "canonical-power", "canonical-unified"):
-            runs = chosen(title, [name])[name]
-            values = [run.history[place]["validation_accuracy"] for run in runs]
-            line += f"  {name} {100 * sum(values) / len(values):.1f}"
+            line += f"  {name} {100 * means[name].iloc[place]:.1f}"
         print(line)
 
 # %% [markdown]
@@ -383,9 +366,34 @@ for title in SETS:
 # choose the experiment, tick the methods, and choose the measure and whether to draw it
 # against epochs or seconds.
 
+
 # %%
-explorer = cpnb.CurveExplorer(results)
-explorer.experiment.value = "mnist-lenet-sgd-cpu"
+def draw_curves(figure, experiment, methods, measure, axis):
+    """Draw the curves of some methods, and say how they end."""
+    comparison = results[experiment]
+    curves = chosen(comparison, methods)
+    if curves.empty:
+        return "This experiment has none of these methods."
+    ax = figure.subplots()
+    plots.plot_training(curves, measure, ax, axis=axis)
+    ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0))
+    rows = ranking(comparison)
+    return "; ".join(
+        f"{name}: test accuracy {row.test:.2%} ± {100 * row.test_std:.2f} (n = {row.n})"
+        f", rate {row.lr:g}, {row.seconds:.1f} s"
+        for name, row in rows[rows.index.isin(methods)].iterrows()
+    )
+
+
+# %%
+names = list(dict.fromkeys(name for one in results.values() for name in one.recipes))
+explorer = explore(
+    draw_curves,
+    experiment=sorted(results, key=lambda name: name != "mnist-lenet-sgd-cpu"),
+    methods=ipywidgets.SelectMultiple(options=names, value=names, rows=8),
+    measure=["validation_accuracy", "train_accuracy", "validation_loss", "train_loss"],
+    axis=["epoch", "seconds"],
+)
 explorer
 
 # %% [markdown]
@@ -400,8 +408,8 @@ explorer
 # ```
 #
 # Write it as a *parametrization*, which torch recomputes in every forward pass, and
-# register it on every convolution and linear layer. A recipe takes the function itself
-# in the place of a name.
+# register it on every convolution and linear layer. A recipe takes a function of your
+# own by the name under which it stands in `REGISTRY`.
 
 
 # %%
@@ -425,8 +433,9 @@ def unit_inputs(network):
 # %%
 def check_own(title, normalizer):
     """Check the norms before and after training, then compare."""
-    recipe = digits_recipe("own", normalizer)
-    net = recipe.build(data, seed=0)
+    REGISTRY["unit_inputs"] = normalizer
+    recipe = digits_recipe("own", "unit_inputs")
+    net = build(recipe, data, seed=0)
     norms = [layer.weight.norm(dim=0) for layer in (net.conv2, net.fc1)]
     if any((norm - 1).abs().max() > 1e-4 for norm in norms):
         print(f"{title}: not solved yet, the columns' norms are not one.")
@@ -434,9 +443,9 @@ def check_own(title, normalizer):
     cpnb.fit(net, data, epochs=1, progress=False)
     torch.testing.assert_close(net.fc1.weight.norm(dim=0), torch.ones(512))
     print(f"{title}: correct, also after training.")
-    with_own = cpnb.compare([recipe], data, seeds=SEEDS, tune={"lr": RATES})
-    both = cpnb.Comparison(digits.records | with_own.records)
-    print(both)
+    with_own = cpnb.compare([recipe], data, seeds=SEEDS, rates=RATES)
+    both = pd.concat([digits.table(), with_own.table()])
+    print(both.round(4).to_string(columns=both.columns[:9]))
 
 
 check_own("exercise", unit_inputs)
@@ -472,21 +481,20 @@ def answer():
     """The paragraph."""
     parts = []
     for title, comparison in SETS.items():
-        found = differences[title]
-        rows = ranking(comparison)
-        best, worst = rows[0], rows[-1]
-        above = [n for n, (gap, half) in found.items() if gap > half]
-        below = [n for n, (gap, half) in found.items() if -gap > half]
-        canonical = next(row for row in rows if row["recipe"] in CANONICAL)
-        plain = next(row for row in rows if row["recipe"] == "none")
+        found, rows = differences[title], ranking(comparison)
+        best, worst = rows.index[0], rows.index[-1]
+        apart = {name: gap.mean for name, gap in found.items() if gap.told_apart}
+        above = [name for name, mean in apart.items() if mean > 0]
+        below = [name for name, mean in apart.items() if mean < 0]
+        canonical = next(name for name in rows.index if name in CANONICAL)
+        seconds = rows.seconds[canonical] / rows.seconds["none"]
         parts.append(
-            f"{title}: {best['recipe']} ends best with {best['test'][0]:.1%}, "
-            f"{worst['recipe']} last with {worst['test'][0]:.1%}. Told apart from the "
+            f"{title}: {best} ends best with {rows.test[best]:.1%}, "
+            f"{worst} last with {rows.test[worst]:.1%}. Told apart from the "
             f"plain network are {', '.join(above) or 'nobody'} above and "
             f"{', '.join(below) or 'nobody'} below. The best canonical start is "
-            f"{canonical['recipe'].removeprefix('canonical-')} with "
-            f"{found[canonical['recipe']][0]:+.1f} points, at "
-            f"{canonical['seconds'] / plain['seconds']:.1f} times the seconds."
+            f"{canonical.removeprefix('canonical-')} with "
+            f"{found[canonical].mean:+.1f} points, at {seconds:.1f} times the seconds."
         )
     return parts
 
@@ -511,8 +519,8 @@ for paragraph in answer():
 #
 # ## What was not shown
 #
-# - *The full size*: ten seeds, all images, CIFAR-10 and SVHN with AlexNet, CIFAR-100
-#   with a ResNet. These experiments are defined (`python -m cpnb.experiments list`) and
+# - *The full size*: ten seeds, all images, CIFAR-10 with AlexNet, CIFAR-100 with a
+#   ResNet. These experiments are defined (`python experiments.py list`) and
 #   outstanding; they want a GPU. Of SVHN there is a sample, `svhn-alexnet-sample-cpu`
 #   in the explorer above: 651 images are too few to train an AlexNet on.
 # - *Momentum, schedules, weight decay*: the authors' code uses none, so neither do we.

@@ -17,20 +17,27 @@
 #
 # **You need** `00_tour`; `01_cp_decomposition` helps.
 #
-# **Time, measured on two CPU cores:** 2.2 minutes; fast mode 1.1.
+# **Time, measured on two CPU cores:** 2.8 minutes; fast mode 1.6.
 
 # %%
+import itertools
+
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import torch
 
 import cpnb
-from cpnb import experiments, plots
+from cpnb.cp import component_gram
+from cpnb.explore import plots, rank_front
+from cpnb.train import fast_mode
+from cpnb.truncation import component_order, kept_rank, select_components
+from experiments import EXPERIMENTS, KEPT, read_results
 
 plots.use_style()
 plt.rcParams["figure.dpi"] = 85  # many figures: keeps this file small
 torch.set_num_threads(1)  # rounding, and so every number, depends on it
-FAST = cpnb.fast_mode()
+FAST = fast_mode()
 SEEDS = range(2 if FAST else 5)
 print(f"{'fast' if FAST else 'full'} mode, n = {len(SEEDS)} networks")
 
@@ -56,7 +63,7 @@ print(layer.weight.detach())
 
 # %%
 by_size = cpnb.truncate(layer, rank=2)
-signed = cpnb.select_components(layer, lam.argsort(descending=True)[:2])
+signed = select_components(layer, lam.argsort(descending=True)[:2])
 for name, cut in (("largest |λ|", by_size), ("largest signed λ", signed)):
     error = cpnb.relative_error(layer.weight, cut.weight).item()
     print(f"{name:>16}: keeps {cut.lam.tolist()}, error {error:.3f}")
@@ -250,8 +257,9 @@ plt.show()
 # ## 3. Accuracy against rank, all layers together
 #
 # A kernel error is not yet an accuracy. `rank_sweep` measures it, exactly, at every
-# rank asked for, for all layers together (the axis `"*"`) or for one at a time;
-# `compare_keys` does so for several networks and every way to cut. The fresh fit is a
+# rank asked for, for all layers together (the axis `"*"`) or for one at a time. Its
+# table is a data frame, so that the sweeps of several networks and of every way to cut
+# make one large table; section 4 says what the other keys are. The fresh fit is a
 # network in which each kernel is decomposed anew (`canonicalize(..., init="als")`).
 #
 # **Predict:** greedy has the smaller kernel error. Does it also have the higher
@@ -260,28 +268,41 @@ plt.show()
 # %%
 shares = [0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
 cuts = {"*": shares, "conv1": [4], "conv2": [21], "fc1": [15], "fc2": [5]}
-compared = cpnb.compare_keys(nets, data, cuts, progress=False)
+KEYS = ["lam", "greedy", "gradient", "hessian", "activation", "random"]
+REFITS = {False: "as they are", True: "λ refit on the kernel", "data": "on the outputs"}
 
 
-def curve(sweep, axis="*"):
-    """Accuracies of one sweep along an axis, by ascending rank."""
-    return [point.accuracy for _, point in sweep.curve(axis)]
+def swept(net, ranks, **options):
+    """Accuracy at some ranks."""
+    return cpnb.rank_sweep(net, data, ranks=ranks, progress=False, **options)
+
+
+tables = []
+for key, refit, n in itertools.product(KEYS, REFITS, range(len(nets))):
+    found = swept(nets[n], cuts, key=key, refit=refit).table
+    tables.append(found.assign(key=key, refit=REFITS[refit], network=n))
+compared = pd.concat(tables)
+
+
+def at(key, refit, axis="*", rank=None):
+    """Accuracies, shape ``(networks, ranks)``; or at one rank, a share for ``"*"``."""
+    rows = compared.query("key == @key and refit == @REFITS[@refit] and axis == @axis")
+    column = "keep" if axis == "*" else "rank"
+    found = rows.pivot(index="network", columns=column, values="accuracy")
+    return found.to_numpy() if rank is None else found[rank].to_numpy()
 
 
 # %%
 def fresh_network(net, share):
     """The network with every kernel fitted anew at a share of its rank."""
     layers = cpnb.cp_layers(net).items()
-    ranks = {name: cpnb.kept_rank(layer.rank, share) for name, layer in layers}
+    ranks = {name: kept_rank(layer.rank, share) for name, layer in layers}
     generator = torch.Generator().manual_seed(0)
     dense = cpnb.to_dense(net)
     return cpnb.canonicalize(dense, rank=ranks, init="als", generator=generator)
 
 
-everywhere = {
-    name: [curve(sweep) for sweep in compared.sweeps[way["key"], "refit" in way]]
-    for name, way in ways.items()
-}
+everywhere = {name: at(way["key"], "refit" in way) for name, way in ways.items()}
 everywhere["fresh"] = [
     [cpnb.accuracy(fresh_network(net, share), data) for share in shares] for net in nets
 ]
@@ -334,14 +355,11 @@ plt.show()
 # how many are better than `"random"`, and what matters more, the key or the refit?
 
 # %%
-KEYS = ["lam", "greedy", "gradient", "hessian", "activation", "random"]
-REFITS = {False: "as they are", True: "λ refit on the kernel", "data": "on the outputs"}
-
 fig, axes = plt.subplots(1, 3, figsize=(10, 3.6), sharey=True)
 for ax, (refit, title) in zip(axes, REFITS.items(), strict=True):
     for n, key in enumerate(KEYS):
         label, color, marker = LOOKS[key]
-        values = [curve(sweep) for sweep in compared.sweeps[key, refit]]
+        values = at(key, refit)
         mean, deviation = np.mean(values, 0), np.std(values, 0, ddof=1)
         x = np.array(shares) + 0.008 * (n - 2.5)
         look = {"color": color, "marker": marker, "label": label, "elinewidth": 0.7}
@@ -360,21 +378,18 @@ plt.show()
 # a column has to be ahead of the second to be called a winner.
 
 # %%
-whole_ranks = compared.sweeps["lam", False][0]
 PLACES = {
-    "all, 70 %": whole_ranks.ranks_at(0.7),
-    "all, 50 %": whole_ranks.ranks_at(0.5),
-    "conv1, 4": {"conv1": 4},
-    "conv2, 21": {"conv2": 21},
-    "fc1, 15": {"fc1": 15},
-    "fc2, 5": {"fc2": 5},
+    "all, 70 %": ("*", 0.7),
+    "all, 50 %": ("*", 0.5),
+    "conv1, 4": ("conv1", 4),
+    "conv2, 21": ("conv2", 21),
+    "fc1, 15": ("fc1", 15),
+    "fc2, 5": ("fc2", 5),
 }
-
-
-def at(key, refit, place):
-    """Accuracy of every network in percent, cut this way to the ranks of a place."""
-    sweeps = compared.sweeps[key, refit]
-    return 100 * np.array([sweep.point(PLACES[place]).accuracy for sweep in sweeps])
+percent = {
+    (REFITS[refit], key, place): 100 * at(key, refit, *PLACES[place])
+    for refit, key, place in itertools.product(REFITS, KEYS, PLACES)
+}  # of every network
 
 
 def ahead(one, other):
@@ -384,19 +399,16 @@ def ahead(one, other):
 
 
 # %%
-print(f"{'mean, %':12}" + "".join(f"{place:>11}" for place in PLACES))
-for refit, title in REFITS.items():
-    print(title)
-    for key in KEYS:
-        cells = [f"{at(key, refit, place).mean():11.1f}" for place in PLACES]
-        print(f"  {key:10}" + "".join(cells))
+means = pd.Series({cell: values.mean() for cell, values in percent.items()})
+means.index.names = ["λ", "key", None]
+means.unstack(sort=False).round(1)
 
 # %%
 beaten = dict.fromkeys(KEYS[:-1], 0)
-for refit, title in REFITS.items():
+for title in REFITS.values():
     print(title)
     for place in PLACES:
-        found = {key: at(key, refit, place) for key in KEYS}
+        found = {key: percent[title, key, place] for key in KEYS}
         best, second, *_ = sorted(KEYS, key=lambda key: -found[key].mean())
         clear = ahead(found[best], found[second])
         beating = [key for key in KEYS if ahead(found[key], found["random"])]
@@ -410,20 +422,19 @@ print(f"how often ahead of random, of {len(PLACES) * len(REFITS)}:", beaten)
 # %%
 print("points of accuracy, mean over networks: best key over worst (random left out),")
 print("and what the refit on the outputs adds, mean over those keys")
+keyed = means.drop("random", level="key")
 for place in PLACES:
-    means = {r: [at(key, r, place).mean() for key in KEYS[:-1]] for r in REFITS}
-    added = np.mean(means["data"]) - np.mean(means[False])
-    span = max(means[False]) - min(means[False])
+    plain, refit = keyed[REFITS[False], :, place], keyed[REFITS["data"], :, place]
+    span, added = plain.max() - plain.min(), refit.mean() - plain.mean()
     print(f"  {place:>9}: key {span:5.1f}, refit on the outputs {added:+5.1f}")
 
 # %% [markdown]
 # **What to see:** no key wins everywhere, and where one comes first it is often not
-# told apart from the second. Greedy, which looks at the kernel alone, is the one to
-# begin with: with the second order (`"hessian"`) it is ahead of chance most often, it
-# comes first at half of all components, and it wins in `fc1`, as long as λ is not refit
-# on the outputs. In the two convolutions a key that knows the loss comes first.
-# $|\lambda|$ beats chance in few places: plain training leaves it little to say.
-# Everywhere the choice of the key moves more than the refit.
+# told apart from the second. The second order (`"hessian"`) and greedy, which looks at
+# the kernel alone, are ahead of chance most often. In the two convolutions a key that
+# knows the loss comes first, in `fc1` greedy. $|\lambda|$ beats chance in a third of
+# the places or fewer: plain training leaves it little to say. Everywhere the choice of
+# the key moves more than the refit.
 #
 # ## 5. One layer at a time
 #
@@ -443,18 +454,14 @@ ALONE = {
 }
 
 
-def swept(net, ranks, **options):
-    """Accuracy at some ranks."""
-    return cpnb.rank_sweep(net, data, ranks=ranks, progress=False, **options)
-
-
 alone = {way: [swept(net, grid, **ALONE[way]) for net in nets] for way in ALONE}
 
 # %%
 fig, axes = plt.subplots(1, 4, figsize=(10, 3.2), sharey=True)
 for ax, name in zip(axes, names, strict=True):
     for way, sweeps in alone.items():
-        band(ax, list(grid[name]), [curve(sweep, name) for sweep in sweeps], way)
+        values = [sweep.curve(name).accuracy for sweep in sweeps]
+        band(ax, list(grid[name]), values, way)
     ax.set_xlabel(f"rank of {name}")
 axes[0].set_ylabel("accuracy")
 axes[2].legend(loc="lower right")
@@ -499,13 +506,13 @@ for name, layer in layers.items():
 # %%
 WAY = {"key": "greedy", "refit": True}
 budgets = [0.1, 0.15, 0.2, 0.25, 1 / 3, 0.4, 0.5, 0.7]  # of the dense parameters
-by_layer = [cpnb.rank_sweep(net, data, names, progress=False, **WAY) for net in nets]
+by_layer = [swept(net, dict.fromkeys(names), **WAY) for net in nets]  # every rank
 
 
-def plan_by_hand(sweep, budget):
-    """Ranks under a budget when conv2 and fc1 alone are cut, to the same share."""
+def same_share(sweep, budget, layers):
+    """Ranks of some layers, all cut to the largest same share under a budget."""
     for percent in range(100, 0, -1):
-        ranks = {n: cpnb.kept_rank(sweep.ranks[n], percent / 100) for n in BIG}
+        ranks = {n: kept_rank(sweep.ranks[n], percent / 100) for n in layers}
         if sweep.parameters(ranks) <= budget:
             return ranks
     raise ValueError(f"budget {budget} is too small for this plan")
@@ -517,16 +524,14 @@ BIG = ["conv2", "fc1"]
 reached = {plan: [] for plan in ("same share", "by hand", "allocated")}
 predicted = []
 for net, sweep in zip(nets, by_layer, strict=True):
-    found = [
-        cpnb.allocate_ranks(sweep, budget=int(share * sweep.dense_parameters))
-        for share in budgets
-    ]
+    counts = [int(share * sweep.dense_parameters) for share in budgets]
+    choices = [cpnb.allocate_ranks(sweep, count) for count in counts]
     ranks = {
-        "same share": [allocation.uniform.ranks for allocation in found],
-        "by hand": [plan_by_hand(sweep, allocation.budget) for allocation in found],
-        "allocated": [allocation.ranks for allocation in found],
+        "same share": [same_share(sweep, count, names) for count in counts],
+        "by hand": [same_share(sweep, count, BIG) for count in counts],
+        "allocated": [choice.ranks for choice in choices],
     }
-    predicted.append([allocation.choice.accuracy for allocation in found])
+    predicted.append([choice.accuracy for choice in choices])
     for plan, wanted in ranks.items():
         small = [cpnb.truncate(net, rank=rank, **WAY) for rank in wanted]
         reached[plan].append([cpnb.accuracy(cut, data.test) for cut in small])
@@ -561,16 +566,17 @@ for n, share in enumerate(budgets):
         gain = 100 * (np.array(reached["allocated"]) - np.array(reached[plan]))[:, n]
         line += f"   {plan} {gain.mean():+5.1f} ± {gain.std(ddof=1):4.1f}"
     print(line)
-print("first network, a third of the dense parameters:")
-print(cpnb.allocate_ranks(by_layer[0], budget=by_layer[0].dense_parameters // 3))
+choice = cpnb.allocate_ranks(by_layer[0], by_layer[0].dense_parameters // 3)
+print(f"first network, a third of the dense parameters: {choice.ranks}")
+print(f"that is {choice.cost:,} parameters, predicted {choice.accuracy:.2%}")
 
 # %% [markdown]
 # **What to see:** left, each layer reaches 1 at its break-even rank or, for the small
 # ones, a component before it (rounding, and σ): there is no compression to the right of
 # it. Right, sharing the same budget out well is worth far more than any key of section
-# 4. The plan by hand takes most of that, because it spares the two layers that are
-# cheap and break soon; the allocator adds to it where the budget is small, and from
-# 40 % on the two are not told apart. The dotted line is what the allocator expected.
+# 4. The plan by hand takes nearly all of that, because it spares the two layers that
+# are cheap and break soon; what the allocator adds to it where the budget is small is
+# within its spread over the networks. The dotted line is what the allocator expected.
 # It takes the losses of the layers to add up, and has picked the luckiest ranks of the
 # validation images: the test images give less, most of all where the cut is deep.
 #
@@ -592,6 +598,13 @@ print(cpnb.allocate_ranks(by_layer[0], budget=by_layer[0].dense_parameters // 3)
 
 # %%
 nested = [trained(seed, hooks=[cpnb.NestedRank()]) for seed in SEEDS]
+
+
+def shared(net, **options):
+    """Accuracies of one network, all layers cut to each of the shares."""
+    return swept(net, {"*": shares}, **options).curve("*").accuracy
+
+
 ways_nested = {
     "plain": (nets, {"key": "greedy", "refit": True}),
     "plain+data": (nets, {"key": "activation", "refit": "data"}),
@@ -603,7 +616,7 @@ LOOKS["plain+data"] = ("plain, activation + refit on outputs", "#e69f00", "P")
 LOOKS["nested"] = ("nested, the first ones", "#009e73", "s")
 LOOKS["nested+data"] = ("nested + refit on outputs", "#cc79a7", "X")
 cuttable = {
-    name: [curve(swept(net, {"*": shares}, **options)) for net in group]
+    name: [shared(net, **options) for net in group]
     for name, (group, options) in ways_nested.items()
 }
 
@@ -615,7 +628,7 @@ left.set(xlabel="share of components kept, every layer", ylabel="accuracy")
 left.set_title(f"Mean ± 1 std, n = {len(nets)} networks")
 left.legend(loc="lower right")
 for key in ("random", "lam", "greedy"):
-    values = [curve(swept(net, {"*": shares}, key=key)) for net in nested]
+    values = [shared(net, key=key) for net in nested]
     band(right, shares, values, key)
 band(right, shares, cuttable["nested"], "nested")
 right.set(xlabel="share of components kept, every layer")
@@ -656,89 +669,62 @@ for name in cuttable:
 # full rank: less than one point, a difference that is not larger than its spread over
 # the networks.
 #
-# ## 8. Beyond digits, from the records
+# ## 8. Beyond digits, from a record
 #
-# LeNet on MNIST and AlexNet on CIFAR-10, at the authors' ranks, take longer than a
-# notebook should. `python -m cpnb.experiments run NAME` trains them plainly and nested,
+# LeNet on MNIST, at the authors' ranks, takes longer than a notebook should. `python
+# notebooks/experiments.py run truncation-mnist-lenet-cpu` trains it plainly and nested,
 # tunes the rate of each on other seeds, cuts at every share (plain by $|\lambda|$,
-# nested the first ones), trains on after each cut, and leaves records of the **test**
-# accuracy. The next cell reads those that exist and says which do not.
+# nested the first ones), trains on after each cut, and leaves a record of the **test**
+# accuracy, which the next cell reads.
 #
 # **Predict:** LeNet has 270 and 128 components in its two large layers, the network
-# above 84 and 57. Does that make nested training cheaper or dearer at full rank? (Where
-# the next cell says "outstanding", the answer waits.)
+# above 84 and 57. Does that make nested training cheaper or dearer at full rank?
 
 # %%
-RECORDS = [
-    "truncation-mnist-lenet-cpu",
-    "truncation-mnist-lenet",
-    "truncation-cifar10-alexnet",
-]
-read = experiments.read_results()
+RECORD = "truncation-mnist-lenet-cpu"
+print(EXPERIMENTS[RECORD].title)
+record = read_results()[RECORD].measured
+record.groupby(["recipe", "keep"], sort=False)[["before", "after"]].mean().round(4)
 
-
-def measured(record):
-    """Accuracies of one recipe by step, shape ``(networks, shares)``."""
-    curves = [cell["measured"] for cell in record.tested if cell.get("measured")]
-    steps = ("before", "after")  # NaN where a training diverged
-    return {step: np.array([c[step] for c in curves], dtype=float) for step in steps}
-
-
-existing = {}
-for name in RECORDS:
-    experiment = experiments.EXPERIMENTS[name]
-    records = read[name].records if name in read else {}
-    found = {recipe: measured(record) for recipe, record in records.items()}
-    recipes = [recipe.name for recipe in experiment.recipes]
-    count = min(len(found[r]["before"]) if r in found else 0 for r in recipes)
-    if count > 1:
-        existing[name] = found
-    state = "complete" if count >= len(experiment.seeds) else "OUTSTANDING"
-    print(f"{state}, {count} of {len(experiment.seeds)} networks: {experiment.title}")
 
 # %%
+def recorded(recipe, step):
+    """Test accuracies before or after training on, shape ``(networks, shares)``."""
+    rows = record[record.recipe == recipe]
+    return rows.pivot(index="seed", columns="keep", values=step)[list(KEPT)].to_numpy()
+
+
 LOOKS |= {"plain": ("plain, top |λ|", "#0072b2", ">")}
-KEPT = [1.0, 0.9, 0.75, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05]  # of the components
-for name, found in existing.items():
-    print(f"{name}: test accuracy in percent, n = {len(found['nested']['before'])}")
-    print(f"{'kept':>5}{'plain':>14}{'trained on':>14}{'nested':>14}{'trained on':>14}")
-    for n, keep in enumerate(KEPT):
-        line = f"{keep:5.0%}"
-        for recipe in ("plain", "nested"):
-            for values in found[recipe].values():
-                mean, deviation = values[:, n].mean(), values[:, n].std(ddof=1)
-                line += f"{100 * mean:8.2f} ± {100 * deviation:.2f}"
-        print(line)
+steps = list(itertools.product(("plain", "nested"), ("before", "after")))
+count = len(recorded("nested", "before"))
+print(f"test accuracy in percent, n = {count}")
+print(f"{'kept':>5}{'plain':>14}{'trained on':>14}{'nested':>14}{'trained on':>14}")
+for n, keep in enumerate(KEPT):
+    values = [100 * recorded(*step)[:, n] for step in steps]
+    cells = [f"{each.mean():8.2f} ± {each.std(ddof=1):.2f}" for each in values]
+    print(f"{keep:5.0%}" + "".join(cells))
 
 # %%
-if existing:
-    fig, axes = plt.subplots(
-        1, len(existing), figsize=(5 * len(existing) + 1.4, 3.4), squeeze=False
-    )
-    for ax, (name, found) in zip(axes[0], existing.items(), strict=True):
-        for recipe in ("plain", "nested"):
-            band(ax, KEPT, found[recipe]["before"], recipe)
-            look = {"linestyle": ":", "label": f"{recipe}, trained on"}
-            band(ax, KEPT, found[recipe]["after"], recipe, **look)
-        ax.set(xlabel="share of components kept, every layer", ylabel="test accuracy")
-        ax.set_title(name.removeprefix("truncation-"))
-        ax.legend(loc="lower right")
-    plt.show()
-else:
-    print("no record yet")
+fig, ax = plt.subplots(figsize=(6.4, 3.4))
+for recipe in ("plain", "nested"):
+    band(ax, KEPT, recorded(recipe, "before"), recipe)
+    look = {"linestyle": ":", "label": f"{recipe}, trained on"}
+    band(ax, KEPT, recorded(recipe, "after"), recipe, **look)
+ax.set(xlabel="share of components kept, every layer", ylabel="test accuracy")
+ax.set_title(f"LeNet on MNIST; mean ± 1 std, n = {count} networks")
+ax.legend(loc="lower right")
+plt.show()
 
 # %% [markdown]
 # The two aims of section 7, in test accuracy and seed by seed:
 
 # %%
 middle = KEPT.index(0.5)
-for name, found in existing.items():
-    plain, prefix = (100 * found[r]["before"].T for r in ("plain", "nested"))
-    print(f"{name}, n = {plain.shape[1]}")
-    print(f"  full rank, nested below plain: {lost_points(plain[0] - prefix[0], 0.3)}")
-    for recipe, values, most in (("nested", prefix, 1), ("plain", plain, None)):
-        lost = lost_points(values[0] - values[middle], most)
-        print(f"  half kept, {recipe} below its own full rank: {lost}")
+plain, prefix = (100 * recorded(r, "before").T for r in ("plain", "nested"))
+print(f"full rank, nested below plain: {lost_points(plain[0] - prefix[0], 0.3)}")
+for recipe, values, most in (("nested", prefix, 1), ("plain", plain, None)):
+    lost = lost_points(values[0] - values[middle], most)
+    print(f"half kept, {recipe} below its own full rank: {lost}")
 
 # %% [markdown]
 # **What to see:** solid lines are the accuracies right after the cut, dotted ones after
@@ -747,8 +733,7 @@ for name, found in existing.items():
 # nested training costs at full rank is no larger than its spread over the seeds, and
 # smaller than on digits. After training on, the two are nearly alike down to one half,
 # and below that the nested one leads. Both took the larger of the two rates that were
-# tried. What the cells above call outstanding has not been measured here: nothing is
-# said about it.
+# tried.
 #
 # ## 9. Training after the cut
 #
@@ -757,6 +742,7 @@ for name, found in existing.items():
 
 # %%
 net = nets[0]
+net.zero_grad()  # what its own training has left
 stale = torch.optim.SGD(net.parameters(), lr=0.1)
 small = cpnb.truncate(net, keep=0.5)
 before = [p.detach().clone() for p in small.parameters()]
@@ -775,22 +761,22 @@ def moved():
 print(f"parameters that moved: {moved()} of {len(before)}")
 
 # %% [markdown]
-# No error, no warning, and nothing learned. `cpnb.fine_tune` builds an optimizer from
-# the parameters that are there, and refuses one that exists already:
+# No error, no warning, and nothing learned. `cpnb.fit` builds an optimizer from the
+# parameters that are there, and refuses one that exists already:
 
 # %%
 try:
-    cpnb.fine_tune(small, data, epochs=1, optimizer=stale, progress=False)
+    cpnb.fit(small, data, epochs=1, optimizer=stale, progress=False)
 except ValueError as error:
     print("refused, expected" + str(error).partition("expected")[2])
-cpnb.fine_tune(small, data, epochs=1, progress=False)
+cpnb.fit(small, data, epochs=1, lr=1e-3, progress=False)
 print(f"parameters that moved: {moved()} of {len(before)}")
 
 # %% [markdown]
-# Now with care, for every layer cut to the same share. `fine_tune` trains after one
-# deep cut; `truncate_gradually` cuts in several steps and trains after each, here for
-# the same number of epochs in total. The honest rival is a network that had these small
-# ranks **from the start** and was trained for as long as both together.
+# Now with care, for every layer cut to the same share. `after_cut` trains after one
+# deep cut; `gradually` cuts in several steps, each by the same factor, and trains after
+# each, for the same number of epochs in total. The honest rival is a network that had
+# these small ranks **from the start** and was trained for as long as both together.
 #
 # **Predict:** how much comes back? Does it help to cut gradually? And who wins in the
 # end, a network that was cut, or the one that was always small?
@@ -799,24 +785,38 @@ print(f"parameters that moved: {moved()} of {len(before)}")
 SHARE, AGAIN = 0.35, 6  # of the components kept; epochs after the cut
 steps = ["cut", "fine-tuned", "gradually", "nested, fine-tuned", "small from the start"]
 outcome = {step: [] for step in steps}
-small_ranks = whole_ranks.ranks_at(SHARE)
+full_ranks = {name: layer.rank for name, layer in layers.items()}
+small_ranks = {name: kept_rank(rank, SHARE) for name, rank in full_ranks.items()}
 
 
 def after_cut(net, seed, **way):
     """Accuracy after one cut and training."""
     small = cpnb.truncate(net, keep=SHARE, **way)
-    cpnb.fine_tune(small, data, epochs=AGAIN, seed=seed, **RECIPE)
+    cpnb.fit(small, data, epochs=AGAIN, seed=seed, **RECIPE)
     return cpnb.accuracy(small, data)
 
 
+def gradually(net, seed, steps=3):
+    """Accuracy after several cuts, each with training after it."""
+    for step in range(1, steps + 1):
+        ranks = {
+            name: max(last, round(full * (last / full) ** (step / steps)))
+            for (name, last), full in zip(
+                small_ranks.items(), full_ranks.values(), strict=True
+            )
+        }
+        net = cpnb.truncate(net, rank=ranks, **WAY)
+        cpnb.fit(net, data, epochs=AGAIN // steps, seed=seed, **RECIPE)
+    return cpnb.accuracy(net, data)
+
+
+# %%
 for seed, net, prefix in zip(SEEDS, nets, nested, strict=True):
     cut = cpnb.truncate(net, keep=SHARE, **WAY)
-    options = {"steps": 3, "epochs": AGAIN // 3, "seed": seed} | RECIPE | WAY
-    gradual, _ = cpnb.truncate_gradually(net, data, keep=SHARE, **options)
     scratch = trained(seed, small_ranks, epochs=EPOCHS + AGAIN)
     outcome["cut"].append(cpnb.accuracy(cut, data))
     outcome["fine-tuned"].append(after_cut(net, seed, **WAY))
-    outcome["gradually"].append(cpnb.accuracy(gradual, data))
+    outcome["gradually"].append(gradually(net, seed))
     outcome["nested, fine-tuned"].append(after_cut(prefix, seed, key="nested"))
     outcome["small from the start"].append(cpnb.accuracy(scratch, data))
 
@@ -845,9 +845,9 @@ plt.show()
 # %% [markdown]
 # **What to see:** six epochs bring back most of what the cut took, and then all four
 # ways end within two points. The last column, not the first bar, is what truncation has
-# earned: against the network that was small from the start the cut one is ahead by less
-# than its spread, the nested one by as little but for every seed alike. Cutting
-# gradually did not help here, for the same number of epochs.
+# earned: against the network that was small from the start the cut one is ahead by no
+# more than its spread, the nested one by a little more than that. Cutting gradually did
+# not help here, for the same number of epochs.
 #
 # ## 10. The explorer
 #
@@ -856,7 +856,7 @@ plt.show()
 
 # %%
 sweep = cpnb.rank_sweep(nets[0], data, key="greedy", refit=True, progress=False)
-ax = plots.plot_rank_curve(sweep.to_rows(), "*")
+ax = plots.plot_rank_curve(sweep, "*")
 ax.set_title("All layers cut to the same share: one network, greedy with refit")
 plt.show()
 
@@ -865,18 +865,17 @@ plt.show()
 # components. Below, move `conv2` and `fc1` first and leave the other two alone.
 
 # %%
-explorer = cpnb.RankExplorer(nets[0], data, sweep=sweep)
+explorer = cpnb.RankExplorer(sweep, nets[0], data)
 explorer
 
 # %% [markdown]
-# The same table without a kernel: sliders in the page itself, which holds all numbers
-# and loads nothing. A sweep as the last line of a cell shows it, here and in exported
-# HTML, and `sweep.to_html("sweep.html")` writes it as a page of its own.
+# The same table without a kernel: `sweep.to_html("sweep.html")` writes a page with the
+# sliders in it, which holds all numbers and loads nothing.
 
 # %%
 page = sweep.to_html()
-print(f"{len(page.encode()) / 1000:.0f} kB, {len(sweep)} truncated networks")
-sweep
+print(f"{len(page.encode()) / 1000:.0f} kB, {len(sweep.table)} rows")
+print(sweep)
 
 # %% [markdown]
 # ## 11. Exercises
@@ -902,10 +901,10 @@ def removal_cost(lam, gram, dropped):
 def check_cost(function):
     """Compare with the error of the truncated kernel itself."""
     lam, units = conv2.components(torch.float64)
-    gram = cpnb.component_gram(units)
+    gram = component_gram(units)
     for count in (1, 10, 60):
-        order = cpnb.component_order(conv2)
-        cut = cpnb.select_components(conv2, order[:-count])
+        order = component_order(conv2)
+        cut = select_components(conv2, order[:-count])
         expected = (conv2.weight - cut.weight).double().square().sum()
         found = function(lam, gram, order[-count:])
         if found is None:
@@ -950,7 +949,7 @@ def check_first_order(function):
     nets[0].zero_grad(set_to_none=True)
     if found is None:
         return "not solved yet"
-    order = cpnb.component_order(
+    order = component_order(
         conv2, "gradient", model=nets[0], data=(images, labels), progress=False
     )
     size = found.detach()[order]
@@ -1000,10 +999,9 @@ def check_97(function):
     accuracy = cpnb.accuracy(small, data)
     if accuracy < 0.97:
         return f"not yet: accuracy {accuracy:.1%}"
-    percents = [percent / 100 for percent in range(1, 101)]
-    prefix = swept(nested[0], {"*": percents}, key="nested")
-    points = [point for table in (sweep, prefix) for _, point in table.curve("*")]
-    common = min(point.parameters for point in points if point.accuracy >= 0.97)
+    prefix = swept(nested[0], {"*": None}, key="nested")  # None: every percent
+    rows = pd.concat([sweep.curve("*"), prefix.curve("*")])
+    common = rows.parameters[rows.accuracy >= 0.97].min()
     count = parameters(small)
     return f"{accuracy:.1%} with {count:,} parameters; same share: {common:,}"
 
@@ -1013,12 +1011,10 @@ check_97(my_network)
 
 # %% tags=["solution"]
 def my_network_solution():
-    """Of both networks, the cheapest allocation that is enough."""
+    """Of both networks, the cheapest allocation that is enough; cheap ones first."""
     best = nets[0]
     for net, way in ((nets[0], WAY), (nested[0], {"key": "nested", "refit": True})):
-        table = cpnb.rank_sweep(net, data, names, progress=False, **way)
-        front = cpnb.allocate_ranks(table, budget=table.dense_parameters).front
-        for choice in front:  # the cheapest first
+        for choice in rank_front(swept(net, dict.fromkeys(names), **way)):
             if choice.accuracy < 0.97 or choice.cost >= parameters(best):
                 continue
             small = cpnb.truncate(net, rank=choice.ranks, **way)

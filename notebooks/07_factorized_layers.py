@@ -17,7 +17,7 @@
 #
 # **You need** `02_canonical_weight_normalization`, and singular values.
 #
-# **Time, measured on two CPU cores:** 3.6 minutes; fast mode 0.9.
+# **Time, measured on two CPU cores:** 3.1 minutes; fast mode 0.9.
 
 # %%
 import math
@@ -26,17 +26,31 @@ from functools import partial
 from itertools import pairwise
 
 import matplotlib.pyplot as plt
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import cpnb
-from cpnb import plots
-from cpnb.experiments import EXPERIMENTS, read_results
+from cpnb.explore import plots
+from cpnb.methods import (
+    FrobeniusDecay,
+    LowRankConv2d,
+    LowRankLinear,
+    ProximalL1,
+    factor_norms,
+    factorize,
+    first_and_last,
+    nonzero_ranks,
+    ranks_for,
+)
+from cpnb.train import REGISTRY, Recipe, fast_mode
+from experiments import EXPERIMENTS, read_results
 
+# %%
 plots.use_style()
 torch.set_num_threads(1)  # small tensors: a second thread mostly waits for the first
-FAST = cpnb.fast_mode()
+FAST = fast_mode()
 print("fast mode" if FAST else "full mode")
 
 # %% [markdown]
@@ -72,11 +86,11 @@ def check(name, got, expected):
 
 # %%
 for u, v in ((2.0, 2.0), (8.0, 0.5)):
-    pair = cpnb.LowRankLinear(1, 1, rank=1)
+    pair = LowRankLinear(1, 1, rank=1)
     with torch.no_grad():
         pair.left.fill_(u)
         pair.right.fill_(v)
-    norms = cpnb.factor_norms(pair)[""]
+    (norms,) = factor_norms(pair).itertuples()
     print(f"u = {u}, v = {v}: |w| = {norms.nuclear}, ½(u² + v²) = {norms.bound}")
 
 # %% [markdown]
@@ -118,7 +132,7 @@ for name, matrix in {"moved": moved, "flattened": flattened}.items():
     lost = values[2:].norm() / values.norm()
     print(f"axes {name:9}: rank 2 misses {lost:.1%} of the kernel")
 
-layer = cpnb.LowRankConv2d.from_layer(conv, rank=2)
+layer = factorize(conv, rank=2, skip=())
 torch.testing.assert_close(layer.weight, conv.weight)
 torch.testing.assert_close(layer(images), conv(images))
 print(layer)
@@ -192,9 +206,9 @@ def dense_start(seed):
 
 def ratio(init, rank, seed):
     """Var(W) over Kaiming's, of one low-rank layer."""
-    draw = torch.Generator().manual_seed(seed)
-    make = partial(cpnb.LowRankConv2d.from_layer, rank=rank, init=init, generator=draw)
-    return make(dense_start(seed)).weight.square().mean().item() / HE
+    options = {"generator": torch.Generator().manual_seed(seed), "skip": ()}
+    layer = factorize(dense_start(seed), rank=rank, init=init, **options)
+    return layer.weight.square().mean().item() / HE
 
 
 # %%
@@ -273,9 +287,9 @@ check(
 )
 
 # %% [markdown]
-# `cpnb.FrobeniusDecay` adds this gradient before each step of `cpnb.fit`, and takes the
-# factors out of ordinary decay; `cpnb.frobenius_decay` is the same as a term of a loss.
-# For a CP layer it is $\tfrac\mu2\sigma^2\lambda^\top\Gamma\lambda$, by the identity of
+# `FrobeniusDecay` adds this gradient before each step of `cpnb.fit`, and takes the
+# factors out of ordinary decay; `frobenius_decay` is the same as a term of a loss. For
+# a CP layer it is $\tfrac\mu2\sigma^2\lambda^\top\Gamma\lambda$, by the identity of
 # notebook 02 (this form is re-derived here, the paper has the matrix case).
 #
 # ### What each decay does to singular values
@@ -352,15 +366,15 @@ plt.show()
 #
 # Now a network that learns: five convolutions with batch norm on the digits, the first
 # convolution and the classifier dense, the others cut so that the whole network holds
-# **ten percent of its parameters**. `cpnb.ParameterRatio` finds the one fraction of the
-# break-even rank with which that is so.
+# **ten percent of its parameters**. `ranks_for` finds the one fraction of the
+# break-even rank with which that is so, and says the ranks.
 
 # %%
 data = cpnb.load_data("digits")
 SHARE, DECAY = 0.1, 1e-2
 
 
-def dense_network(generator):
+def dense_network(generator, num_classes=10):
     """Five convolutions with batch norm, from Kaiming's start, and a classifier."""
     sizes, layers = (1, 16, 32, 32, 64, 64), []
     for n, (before, size) in enumerate(pairwise(sizes)):
@@ -368,27 +382,36 @@ def dense_network(generator):
         nn.init.kaiming_normal_(conv.weight, nonlinearity="relu", generator=generator)
         layers += [conv, nn.BatchNorm2d(size), nn.ReLU()]
         layers += [nn.MaxPool2d(2)] if n in (1, 3) else []
-    linear = nn.Linear(sizes[-1], 10)
+    linear = nn.Linear(sizes[-1], num_classes)
     nn.init.kaiming_uniform_(linear.weight, math.sqrt(5), generator=generator)
     nn.init.zeros_(linear.bias)
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), linear)
 
 
-def small_network(generator, form, init):
+# %%
+def a_tenth(net, init, generator):
     """The same with a tenth of the parameters, as UVᵀ or in CP form."""
-    net = dense_network(generator)
-    options = {"rank": cpnb.ParameterRatio(SHARE), "init": init, "generator": generator}
-    if form == "low-rank":
-        return cpnb.factorize(net, **options)
-    return cpnb.canonicalize(net, skip=cpnb.first_and_last(net), **options)
+    options = {"skip": first_and_last(net), "init": init, "generator": generator}
+    form, convert = "cp", cpnb.canonicalize
+    if init in ("kaiming", "spectral"):
+        form, convert = "low_rank", factorize
+    ranks = ranks_for(net, SHARE, form=form, skip=options["skip"])
+    return convert(net, rank=ranks, **options)
 
+
+def small_network(generator, init):
+    """A start and its tenth from one generator."""
+    return a_tenth(dense_network(generator), init, generator)
+
+
+REGISTRY |= {"dense_network": dense_network, "a_tenth": a_tenth}  # for recipes, below
 
 # %%
 for form, init in (("low-rank", "spectral"), ("CP", "unified")):
     generator = torch.Generator().manual_seed(0)
     sizes = [
         sum(p.numel() for p in net.parameters())
-        for net in (dense_network(generator), small_network(generator, form, init))
+        for net in (dense_network(generator), small_network(generator, init))
     ]
     print(f"{form}: {sizes[1]:,} of {sizes[0]:,} parameters, {sizes[1] / sizes[0]:.1%}")
 
@@ -431,11 +454,10 @@ def shrinkage(layer):
 
 print("start      ‖W‖²  effective step at rate 0.1   shrunk by decay on factors, by FD")
 for init in ("kaiming", "spectral"):
-    net = small_network(torch.Generator().manual_seed(0), "low-rank", init)
-    layers = [m for m in net.modules() if isinstance(m, cpnb.LowRankConv2d)]
-    norms = cpnb.factor_norms(net, lr=0.1).values()
-    size = sum(n.frobenius**2 for n in norms) / len(layers)
-    step = sum(n.effective_step for n in norms) / len(layers)
+    net = small_network(torch.Generator().manual_seed(0), init)
+    layers = [m for m in net.modules() if isinstance(m, LowRankConv2d)]
+    norms = factor_norms(net, lr=0.1)
+    size, step = (norms.frobenius**2).mean(), norms.effective_step.mean()
     rate = sum(map(shrinkage, layers)) / len(layers)
     print(f"{init:9} {size:6.1f} {step:28.5f} {2:31} {rate:10.1f}")
 
@@ -451,7 +473,7 @@ for init in ("kaiming", "spectral"):
 # ### Along training
 #
 # One network each, at one learning rate, watched after every epoch with
-# `cpnb.factor_norms`: the nuclear norm, its bound, and the effective step. The weight
+# `factor_norms`: the nuclear norm, its bound, and the effective step. The weight
 # decay is a hundred times the paper's $10^{-4}$, because our steps are few: what decay
 # does in all is printed for both.
 
@@ -466,47 +488,40 @@ print(f"sum of learning rate × decay / (1 − momentum): {ours:.2f}, paper {pap
 
 def watched(init, frobenius):
     """Means over the layers of what `factor_norms` says, after 0, 1, … epochs."""
-    net = small_network(torch.Generator().manual_seed(0), "low-rank", init)
-    log = [cpnb.factor_norms(net)]
+    net = small_network(torch.Generator().manual_seed(0), init)
+    log = [factor_norms(net).mean()]
     cpnb.fit(
         *(net, data),
         **SGD,
         lr=0.1,
         schedule=None,
-        hooks=[cpnb.FrobeniusDecay()] if frobenius else [],
-        callback=lambda epoch, model, record: log.append(cpnb.factor_norms(model)),
+        hooks=[FrobeniusDecay()] if frobenius else [],
+        callback=lambda epoch, model, record: log.append(factor_norms(model).mean()),
         progress=False,
     )
-    return {
-        name: torch.tensor(
-            [[getattr(n, name) for n in norms.values()] for norms in log]
-        ).mean(1)
-        for name in ("nuclear", "bound", "frobenius", "effective_step")
-    }
+    return pd.DataFrame(log, index=range(len(log)))
 
 
 # %%
 courses = {name: watched(*cell) for name, cell in CELLS.items()}
 for name, course in courses.items():
-    assert (course["bound"] >= course["nuclear"] * (1 - 1e-6)).all(), name
-    gap = course["bound"] / course["nuclear"]
-    print(
-        f"{name:9} bound over nuclear norm: {gap[0]:.2f} at first, {gap[-1]:.2f} last"
-    )
+    assert (course.bound >= course.nuclear * (1 - 1e-6)).all(), name
+    first, *_, last = course.bound / course.nuclear
+    print(f"{name:9} bound over nuclear norm: {first:.2f} at first, {last:.2f} last")
 
 # %%
 fig, axes = plt.subplots(1, 2, figsize=(10, 3.4))
 for name, course in courses.items():
     look = plots.METHOD_STYLES[name]
     line = {"color": look.color, "marker": look.marker, "markevery": 3}
-    axes[0].plot(course["nuclear"], **line, label=name)
-    axes[0].plot(course["bound"], color=look.color, linestyle=":")
-    axes[1].plot(0.1 * course["effective_step"], **line, label=name)
+    axes[0].plot(course.nuclear, **line, label=name)
+    axes[0].plot(course.bound, color=look.color, linestyle=":")
+    axes[1].plot(0.1 * course.effective_step, **line, label=name)
 axes[0].set(xlabel="epoch", ylabel="nuclear norm; dotted: its bound", yscale="log")
 axes[0].set_title("The bound is met at a spectral start")
 axes[1].set(xlabel="epoch", ylabel="learning rate / ‖W‖²", yscale="log")
-steps = [course["effective_step"] for course in courses.values()]
-spread = [max(s[n] for s in steps) / min(s[n] for s in steps) for n in (0, -1)]
+steps = [course.effective_step.iloc[[0, -1]] for course in courses.values()]
+spread = [max(pair) / min(pair) for pair in zip(*steps, strict=True)]
 axes[1].set_title(f"Effective steps {spread[0]:.0f}, then {spread[1]:.0f} times apart")
 axes[0].legend(loc="center right")
 plt.show()
@@ -536,8 +551,8 @@ plt.show()
 
 # %%
 for scale in (True, False):
-    net = small_network(torch.Generator().manual_seed(0), "CP", "unified")
-    hook = cpnb.FrobeniusDecay(scale=scale)
+    net = small_network(torch.Generator().manual_seed(0), "unified")
+    hook = FrobeniusDecay(scale=scale)
     settings = SGD | {"epochs": 3, "lr": 0.1, "schedule": None, "progress": False}
     run = cpnb.fit(net, data, hooks=[hook], **settings)
     sigmas = [layer.scale.item() for layer in cpnb.cp_layers(net).values()]
@@ -563,41 +578,37 @@ CP_CELLS = {
 }
 
 
-def recipe(name, network, hooks=()):
-    """One row of the comparison."""
-    return cpnb.Recipe(name.replace(" ", "-"), network, hooks=hooks, settings=SGD)
-
-
-def race(recipes):
-    """The records of tuned and tested recipes by name."""
-    options = {"seeds": SEEDS, "tune": {"lr": RATES}, "tune_seeds": TUNING_SEEDS}
-    return cpnb.compare(recipes, data, **options).records
-
-
-def recipes_of(form, cells):
+def recipes_of(cells):
     """The four recipes of a grid."""
-    hook = partial(cpnb.FrobeniusDecay, scale=False)
+    hook = {"name": "FrobeniusDecay", "scale": False}
     for name, (init, frobenius) in cells.items():
-        network = partial(small_network, form=form, init=init)
-        yield recipe(name, network, (hook,) if frobenius else ())
+        parts = ("dense_network", "a_tenth", {"init": init})
+        hooks = [hook] if frobenius else []
+        yield Recipe(name.replace(" ", "-"), *parts, hooks, SGD)
 
-
-found = race([recipe("dense", dense_network), *recipes_of("low-rank", CELLS)])
 
 # %%
-found |= race([*recipes_of("CP", CP_CELLS)])
+def race(recipes):
+    """Recipes with their rates tuned, then tested."""
+    options = {"seeds": SEEDS, "rates": RATES, "tune_seeds": TUNING_SEEDS}
+    return cpnb.compare([*recipes], data, **options)
+
+
+dense = Recipe("dense", "dense_network", settings=SGD)
+races = [race([dense, *recipes_of(CELLS)])]
 
 # %%
-tested = {
-    name: 100 * torch.tensor([cell["test_accuracy"] for cell in record.tested])
-    for name, record in found.items()
-}
+races.append(race(recipes_of(CP_CELLS)))
+
+# %%
+best = races[0].best | races[1].best
+finals = pd.concat([found.finals for found in races]).groupby("recipe", sort=False)
+tested = {n: 100 * torch.tensor(r.test_accuracy.to_numpy()) for n, r in finals}
 print(f"test accuracy in percent, mean ± std over n = {len(SEEDS)} fresh seeds")
-for name, record in found.items():
-    lr = record.best[0]
-    edge = " (edge of the grid)" if lr in (RATES[0], RATES[-1]) else ""
-    values = tested[name]
-    print(f"{name:14} {values.mean():.2f} ± {values.std():.2f}   rate {lr:g}{edge}")
+for name, values in tested.items():
+    edge = " (edge of the grid)" if best[name] in (RATES[0], RATES[-1]) else ""
+    mean = f"{values.mean():.2f} ± {values.std():.2f}"
+    print(f"{name:14} {mean}   rate {best[name]:g}{edge}")
 
 # %%
 LOOKS = {name: plots.METHOD_STYLES[name] for name in ("dense", *CELLS)}
@@ -618,8 +629,8 @@ for ax, cells in zip(axes, (CELLS, CP_CELLS), strict=True):
     ax.set_xticks(range(len(names)), [name.removeprefix("CP-") for name in names])
 axes[0].set_ylabel("test accuracy, %")
 for ax, form, cells in zip(axes, ("UVᵀ", "CP"), (CELLS, CP_CELLS), strict=True):
-    best = max(cells, key=lambda name: tested[name.replace(" ", "-")].mean().item())
-    ax.set_title(f"{form}: the best mean is that of {best.removeprefix('CP ')}")
+    top = max(cells, key=lambda name: tested[name.replace(" ", "-")].mean().item())
+    ax.set_title(f"{form}: the best mean is that of {top.removeprefix('CP ')}")
 plt.show()
 
 # %% [markdown]
@@ -666,28 +677,23 @@ for form, found_effects in grids.items():
 # Tuning is a part of the answer, so here is what it saw:
 
 # %%
+tune = pd.concat([found.runs.query("phase == 'tune'") for found in races])
+seen = tune.validation_accuracy.where(tune.status == "finished", 0.1)
+means = 100 * seen.groupby([tune.recipe, tune.lr]).mean()
+
 fig, axes = plt.subplots(1, 2, figsize=(10, 3.4), sharey=True)
 for ax, cells in zip(axes, (CELLS, CP_CELLS), strict=True):
     for name in ("dense", *(name.replace(" ", "-") for name in cells)):
-        record, look = found[name], LOOKS[name]
-        ends = [
-            [
-                cell["validation_accuracy"][-1] if cell["status"] == "finished" else 0.1
-                for cell in record.at("tune", pair)
-            ]
-            for pair in record.choices
-        ]
-        means = [100 * sum(values) / len(values) for values in ends]
-        ax.plot(RATES, means, color=look.color, marker=look.marker, label=name)
+        line = {"color": LOOKS[name].color, "marker": LOOKS[name].marker}
+        ax.plot(RATES, means[name], **line, label=name)
     ax.set(xscale="log", xlabel="learning rate")
     ax.set_xticks(RATES, [f"{rate:g}" for rate in RATES])
     ax.set_xticks([], minor=True)
     ax.legend(loc="lower left")
 axes[0].set_ylabel("validation accuracy, %")
 for ax, form, cells in zip(axes, ("UVᵀ", "CP"), (CELLS, CP_CELLS), strict=True):
-    rates = [found[name.replace(" ", "-")].best[0] for name in cells]
-    best = ", ".join(f"{rate:g}" for rate in rates)
-    ax.set_title(f"{form}: best rates {best}")
+    rates = ", ".join(f"{best[name.replace(' ', '-')]:g}" for name in cells)
+    ax.set_title(f"{form}: best rates {rates}")
 plt.show()
 
 # %% [markdown]
@@ -697,22 +703,20 @@ plt.show()
 # ## 7. Decay that is meant to lower the rank
 #
 # Decay on factors lowers the rank by the way. For a CP layer the same can be done on
-# purpose, on $\lambda$: `cpnb.ProximalL1` subtracts $\eta\mu|\sigma|$ from every
+# purpose, on $\lambda$: `ProximalL1` subtracts $\eta\mu|\sigma|$ from every
 # $|\lambda_r|$ after each step and stops at zero. What arrives there can be removed
 # without any change of the output.
 
 # %%
 generator = torch.Generator().manual_seed(0)
 net = cpnb.DigitsNet(generator=generator)
-net = cpnb.canonicalize(net, generator=generator)
-hook = cpnb.ProximalL1(1.0)
+net = cpnb.canonicalize(net, init="unified", generator=generator)
+hook = ProximalL1(1.0)
 epochs = 8 if FAST else 12
 run = cpnb.fit(net, data, epochs=epochs, lr=0.01, hooks=[hook], progress=False)
-small = cpnb.truncate(net, rank=cpnb.nonzero_ranks(net))
+small = cpnb.truncate(net, rank=nonzero_ranks(net))
 for name, layer in cpnb.cp_layers(net).items():
-    print(
-        f"{name}: {cpnb.nonzero_ranks(net)[name]} of {layer.rank} components are left"
-    )
+    print(f"{name}: {nonzero_ranks(net)[name]} of {layer.rank} components are left")
 images = data.validation.standardized()
 difference = (net.eval()(images) - small.eval()(images)).abs().max().item()
 scores = [cpnb.accuracy(model, data) for model in (net, small)]
@@ -756,49 +760,28 @@ check("exercise 3, solution", soft_threshold_solution(VALUES, 1.0), MOVED)
 #
 # The paper's own case: a ResNet-32 of double width on CIFAR-10 at ten percent of the
 # parameters. Its figures, quoted here from a second source, stand in the first column;
-# ours come from records, if there are any, and the cell says so if not.
+# ours come from a record, if there is one, and the cell says so if not.
 
 # %%
 PAPER = {"dense": 94.49, "low-rank": 93.59, "SI": 92.52, "FD": 92.92, "SI+FD": 94.34}
-FULL_SIZE, REDUCED = "cifar10-resnet32x2-tenth", "cifar10-resnet20-tenth-cpu"
-records = read_results("results")
-
-
-def percent(entry):
-    """Mean ± standard deviation in percent."""
-    if entry is None:
-        return "–"
-    mean, std = entry
-    return f"{100 * mean:.2f}" + ("" if std is None else f" ± {100 * std:.2f}")
-
-
-def from_record(name):
-    """Test accuracy by recipe, with a line on where it comes from."""
-    if name not in records:
-        print(f"{name}: no record yet. python -m cpnb.experiments run {name}")
-        return {}
-    rows = records[name].rows()
-    cells = [cell for r in records[name].records.values() for cell in r.cells]
-    state = "complete" if records[name].is_complete else "not complete"
-    print(f"{EXPERIMENTS[name].title if name in EXPERIMENTS else name}")
-    print(f"   {state}, {cells[0]['provenance']['device']}, n = {rows[0]['n']}")
-    return {row["recipe"]: percent(row["test"]) for row in rows}
-
-
-columns = {name: from_record(name) for name in (FULL_SIZE, REDUCED)}
-if not columns[FULL_SIZE]:
-    print("The record at full size is outstanding: it needs a GPU.")
+NAME = "cifar10-resnet32x2-tenth"
+record = read_results().get(NAME)
+print(EXPERIMENTS[NAME].title)
+ours = {}
+if record is None:
+    print("No record yet, it needs a GPU: python notebooks/experiments.py run", NAME)
+else:
+    rows = record.table().itertuples()
+    ours = {r.Index: f"{100 * r.test:.2f} ± {100 * r.test_std:.2f}" for r in rows}
 
 # %%
-print(f"{'test accuracy, %':16} {'paper':>8} {'ours, full':>16} {'ours, reduced':>16}")
+print(f"{'test accuracy, %':16} {'paper':>8} {'ours':>16}")
 for name in ("dense", "low-rank", "SI", "FD", "SI+FD", "CP", "CP+FD"):
-    ours = [columns[size].get(name, "–") for size in (FULL_SIZE, REDUCED)]
-    print(f"{name:16} {PAPER.get(name, '–')!s:>8} {ours[0]:>16} {ours[1]:>16}")
+    print(f"{name:16} {PAPER.get(name, '–')!s:>8} {ours.get(name, '–'):>16}")
 
 # %% [markdown]
 # In the paper's column each change *alone* is worse than neither, and both together are
-# nearly as good as the dense network: the interaction is all. The reduced run has few
-# images and few epochs and says nothing about these figures.
+# nearly as good as the dense network: the interaction is all.
 #
 # ## 9. The answer
 #
@@ -808,15 +791,15 @@ for name in ("dense", "low-rank", "SI", "FD", "SI+FD", "CP", "CP+FD"):
 # %%
 def answer():
     """The paragraph."""
-    best = max(CELLS, key=lambda name: tested[name].mean().item())
-    rates = ", ".join(f"{name} {found[name].best[0]:g}" for name in CELLS)
+    top = max(CELLS, key=lambda name: tested[name].mean().item())
+    rates = ", ".join(f"{name} {best[name]:g}" for name in CELLS)
     low, cp = grids["UVᵀ"], grids["CP"]
     return (
         f"On digits, at a tenth of the parameters and with rates tuned for each "
         f"({rates}), in points of test accuracy, mean ± standard error over "
         f"n = {len(SEEDS)} seeds: SI alone {low['start alone']}, FD alone "
         f"{low['FD alone']}, both {low['both']}, interaction {low['interaction']}; the "
-        f"best mean is that of {best}. In CP form: the power method's start alone "
+        f"best mean is that of {top}. In CP form: the power method's start alone "
         f"{cp['start alone']}, FD alone {cp['FD alone']}, both {cp['both']}, "
         f"interaction {cp['interaction']}. Against the dense network, SI with FD is at "
         f"{low['both against dense']} and CP with both at {cp['both against dense']}."
@@ -835,10 +818,10 @@ print(textwrap.fill(answer(), 84))
 # ## What was not shown
 #
 # - *The paper's setting*, until the record at full size exists.
-# - *Weight decay tuned together with the rate*: `compare(tune={"lr": …,
-#   "weight_decay": …})` does it, at the square of the cost.
-# - *The three-factor form* $U M V^\top$ (`middle=True`), which the paper uses for
-#   layers that are made deeper instead of smaller.
+# - *Weight decay tuned together with the rate*: a recipe for each decay does it, at the
+#   square of the cost.
+# - *The three-factor form* $U M V^\top$, which the paper uses for layers that are made
+#   deeper instead of smaller.
 # - *Tucker and tensor-train layers*: this package has none, so there is no Frobenius
 #   decay for them here.
 # - *Whether thin layers are faster*, which is another question than whether they are

@@ -30,12 +30,7 @@ METADATA = {
         "language": "python",
         "name": "python3",
     },
-    "language_info": {
-        "file_extension": ".py",
-        "mimetype": "text/x-python",
-        "name": "python",
-        "pygments_lexer": "ipython3",
-    },
+    "language_info": {"name": "python", "pygments_lexer": "ipython3"},
 }
 
 
@@ -59,21 +54,14 @@ def from_script(script):
 
 
 def stale(script):
-    """Say why the notebook beside a script must be built anew; empty when it need not.
-
-    Args:
-        script: Path of the percent script.
-
-    Returns:
-        One of ``""``, ``"text"`` (outputs still hold) and ``"code"``.
-    """
+    """Say what keeps the notebook from being its script's: "", "text" or "code"."""
     target = script.with_suffix(".ipynb")
     if not target.exists():
         return "code"
     new, old = from_script(script), nbformat.read(target, as_version=4)
-    if old.metadata.get("cpnb", {}).get("code_hash") != code_hash(new):
-        return "code"
-    if code_hash(old) != code_hash(new):  # somebody edited the notebook's own code
+    executed = old.metadata.get("cpnb", {}).get("code_hash")
+    # The notebook's own code differs from what was executed where somebody edited it.
+    if code_hash(new) != executed or code_hash(old) != executed:
         return "code"
 
     def cells(notebook):
@@ -82,20 +70,8 @@ def stale(script):
     return "" if cells(old) == cells(new) else "text"
 
 
-def kernel_environment(fast):
-    """Environment of a kernel that finds this checkout and runs in the stated mode."""
-    environment = dict(os.environ)
-    for name in ("CPNB_FAST", "MPLBACKEND"):
-        environment.pop(name, None)
-    if fast:
-        environment["CPNB_FAST"] = "1"
-    paths = [str(HERE.parent), environment.get("PYTHONPATH", "")]
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-    return environment
-
-
 def execute(notebook, *, fast, folder=HERE, timeout=CELL_TIMEOUT):
-    """Run all cells in a new kernel, in place.
+    """Run all cells in place, in a new kernel that finds this checkout.
 
     Args:
         notebook: Notebook node; its outputs are replaced.
@@ -105,10 +81,6 @@ def execute(notebook, *, fast, folder=HERE, timeout=CELL_TIMEOUT):
 
     Returns:
         Seconds from the start of the kernel to the last output.
-
-    Raises:
-        nbclient.exceptions.CellExecutionError: If a cell raises.
-        nbclient.exceptions.CellTimeoutError: If a cell takes longer than ``timeout``.
     """
     from nbclient import NotebookClient  # not needed to check pairs
 
@@ -121,8 +93,14 @@ def execute(notebook, *, fast, folder=HERE, timeout=CELL_TIMEOUT):
         coalesce_streams=True,
         store_widget_state=False,
     )
+    ours = {"CPNB_FAST", "MPLBACKEND"}
+    environment = {name: os.environ[name] for name in os.environ.keys() - ours}
+    paths = [str(HERE.parent), environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    if fast:
+        environment["CPNB_FAST"] = "1"
     start = time.perf_counter()
-    client.execute(env=kernel_environment(fast))
+    client.execute(env=environment)
     return time.perf_counter() - start
 
 
@@ -135,21 +113,19 @@ def tidy(notebook):
     notebook.metadata.clear()
     notebook.metadata.update(METADATA)
     for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            if output.output_type == "stream":
+                lines = re.split(r"(?<=[\r\n])", output.text)
+                output.text = "".join(x for x in lines if not PROGRESS.search(x))
+            output.get("data", {}).pop(WIDGET_VIEW, None)
         if cell.cell_type == "code":
-            tidied = map(_tidy_output, cell.outputs)
-            cell.outputs = [output for output in tidied if output]
+            cell.outputs = [output for output in cell.outputs if _says(output)]
 
 
-def _tidy_output(output):
-    """Return the output without what does not last; None if nothing is left."""
+def _says(output):
     if output.output_type == "stream":
-        lines = re.split(r"(?<=[\r\n])", output.text)
-        output.text = "".join(line for line in lines if not PROGRESS.search(line))
-        return output if output.text.strip() else None
-    if "data" in output:
-        output.data.pop(WIDGET_VIEW, None)
-        return output if output.data else None
-    return output
+        return bool(output.text.strip())
+    return "data" not in output or bool(output.data)
 
 
 def readme_figure(notebook):
@@ -167,7 +143,10 @@ def build(script, *, reason):
 
     Args:
         script: Path of the percent script.
-        reason: What changed, as :func:`stale` says it.
+        reason: What changed, as `stale` says it.
+
+    Returns:
+        The notebook node.
     """
     target = script.with_suffix(".ipynb")
     new = from_script(script)
@@ -179,24 +158,17 @@ def build(script, *, reason):
         new.metadata["cpnb"] = {"code_hash": code_hash(new), "seconds": seconds}
     else:
         old = nbformat.read(target, as_version=4)
-        done = [cell for cell in old.cells if cell.cell_type == "code"]
-        for cell in new.cells:
-            if cell.cell_type == "code":
-                source = done.pop(0)
-                cell.outputs = source.outputs
-                cell.execution_count = source.execution_count
+        executed = [cell for cell in old.cells if cell.cell_type == "code"]
+        cells = [cell for cell in new.cells if cell.cell_type == "code"]
+        for cell, source in zip(cells, executed, strict=True):
+            cell.outputs = source.outputs
+            cell.execution_count = source.execution_count
         new.metadata["cpnb"] = old.metadata["cpnb"]
     nbformat.validate(new)
     nbformat.write(new, target)
     if figure := readme_figure(new):
-        README_FIGURE.parent.mkdir(exist_ok=True)
         README_FIGURE.write_bytes(figure)
-
-
-def minutes(notebook):
-    """Say how long a built notebook took, as the table in the README has it."""
-    seconds = notebook.metadata.cpnb.seconds
-    return f"{seconds.full / 60:.1f} ({seconds.fast / 60:.1f})"
+    return new
 
 
 def main(arguments=None):
@@ -206,24 +178,21 @@ def main(arguments=None):
     parser.add_argument("--check", action="store_true", help="change nothing")
     parser.add_argument("--force", action="store_true", help="execute in any case")
     options = parser.parse_args(arguments)
-    scripts = sorted(HERE.glob("[0-9][0-9]_*.py"))
-    unknown = set(options.numbers) - {script.name[:2] for script in scripts}
-    if unknown:
-        parser.error(f"no script notebooks/NN_*.py with number {', '.join(unknown)}")
-    found = 0
-    for script in scripts:
-        if options.numbers and script.name[:2] not in options.numbers:
-            continue
-        reason = "code" if options.force else stale(script)
-        if not reason:
-            continue
-        found += 1
-        print(f"{script.stem}: {reason} changed", flush=True)
-        if not options.check:
-            build(script, reason=reason)
-            written = nbformat.read(script.with_suffix(".ipynb"), as_version=4)
-            print(f"{script.stem}: written, {minutes(written)} minutes (fast)")
-    return 1 if options.check and found else 0
+    scripts = {path.name[:2]: path for path in sorted(HERE.glob("[0-9][0-9]_*.py"))}
+    for number in set(options.numbers) - set(scripts):
+        parser.error(f"no script notebooks/NN_*.py with number {number}")
+    reasons = {
+        scripts[number]: "code" if options.force else stale(scripts[number])
+        for number in options.numbers or scripts
+    }
+    for script, reason in reasons.items():
+        if reason:
+            print(f"{script.stem}: {reason} changed", flush=True)
+        if reason and not options.check:
+            seconds = build(script, reason=reason).metadata.cpnb.seconds
+            minutes = f"{seconds.full / 60:.1f} ({seconds.fast / 60:.1f})"
+            print(f"{script.stem}: written, {minutes} minutes (fast)", flush=True)
+    return int(options.check and any(reasons.values()))
 
 
 if __name__ == "__main__":
