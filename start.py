@@ -19,11 +19,7 @@ PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 STAMP = VENV / "cpnb-installed.txt"
 EXTRAS = {"lab": "notebooks", "test": "notebooks,test"}
 ARGUMENTS = {
-    "lab": [
-        *("-m", "jupyterlab", "notebooks/00_tour.ipynb"),
-        # Answers of a slider reach the browser at once, see cpnb_lab.py.
-        "--ServerApp.kernel_websocket_connection_class=cpnb_lab.PromptConnection",
-    ],
+    "lab": ["-m", "jupyterlab", "notebooks/00_tour.ipynb"],
     "test": ["-m", "pytest", "-m", ""],
 }
 

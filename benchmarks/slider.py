@@ -2,12 +2,11 @@
 
 ``python benchmarks/slider.py`` takes about a minute and needs Chromium. "page" is the
 file that `RankSweep.to_html` writes, opened from disk without a network; "live" is
-`RankExplorer` answering from its table in JupyterLab as ``start.py lab`` starts it,
-"budget" its slider that allocates ranks; "plain" is a JupyterLab without
-`cpnb_lab.PromptConnection`. A frame counts as new when the browser has painted after
-the marker has moved or the picture has changed; "change" is the time until then without
-the painting. Keys are pressed one after the other, each when the frame of the last is
-there. Medians and 90 % quantiles over the steps.
+`RankExplorer` in JupyterLab, where the table has the point; "explore" is a drawing
+function in JupyterLab, whose picture comes from the kernel. A frame counts as new when
+the browser has painted after the marker has moved or the picture has changed; "change"
+is the time until then without the painting. Keys are pressed one after the other, each
+when the frame of the last is there.
 """
 
 import argparse
@@ -25,15 +24,9 @@ import cpnb
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
-from lab_server import (  # noqa: E402
-    CONNECTION,
-    NotebookPage,
-    chromium,
-    find_browser,
-    jupyterlab,
-)
+from lab_server import NotebookPage, chromium, find_browser, jupyterlab  # noqa: E402
 
-GOALS = {"page": 10, "live": 65, "budget": 65, "plain": 65}
+GOALS = {"page": 10, "live": 12, "explore": 70}  # milliseconds
 
 # Notes when a key goes down, and when the browser has painted after an attribute of an
 # element has changed: the marker's place or the picture's address.
@@ -64,25 +57,18 @@ UNTIL = """count => new Promise((resolve, reject) => {
     setTimeout(() => reject(new Error("no new frame in 60 seconds")), 60000);
 })"""
 
-NOTEBOOK = """import cpnb
-sweep = cpnb.RankSweep.load("sweep.json")
-explorer = cpnb.RankExplorer(sweep)
-explorer"""
+CELLS = [
+    """import cpnb
+data = cpnb.load_data("digits")
+net = cpnb.canonicalize(cpnb.DigitsNet(), init="unified")
+explorer = cpnb.RankExplorer(net, data, progress=False)
+explorer""",
+    """def draw(figure, rank):
+    figure.subplots().plot(range(rank), "o-")
+    return f"rank {rank}"
 
-
-def make_sweep(folder):
-    """A sweep of the digits network, saved as JSON and as a page."""
-    data = cpnb.load_data("digits")
-    generator = torch.Generator().manual_seed(0)
-    net = cpnb.canonicalize(cpnb.DigitsNet(generator=generator), generator=generator)
-    cpnb.fit(net, data, epochs=2, progress=False)
-    sweep = cpnb.rank_sweep(net, data, progress=False)
-    sweep.save(folder / "sweep.json")
-    sweep.to_html(folder / "sweep.html")
-    cell = nbformat.v4.new_code_cell(NOTEBOOK)
-    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    notebook = nbformat.v4.new_notebook(cells=[cell], metadata={"kernelspec": kernel})
-    nbformat.write(notebook, folder / "live.ipynb")
+cpnb.explore.explore(draw, rank=range(84, 0, -1))""",
+]
 
 
 def measure(page, slider, watched, attribute, steps):
@@ -91,52 +77,56 @@ def measure(page, slider, watched, attribute, steps):
     slider.scroll_into_view_if_needed()
     slider.focus()
     for step in range(steps):
-        slider.press("ArrowLeft")
+        slider.press("ArrowRight" if attribute == "src" else "ArrowLeft")
         page.evaluate(UNTIL, step)
     return page.evaluate("window.frames")
 
 
 def on_page(browser, folder, steps):
     """Steps of the exported page, by name."""
+    data = cpnb.load_data("digits")
+    generator = torch.Generator().manual_seed(0)
+    net = cpnb.DigitsNet(generator=generator)
+    net = cpnb.canonicalize(net, init="unified", generator=generator)
+    cpnb.rank_sweep(net, data, progress=False).to_html(folder / "sweep.html")
+    size = (folder / "sweep.html").stat().st_size / 1000
+    print(f"the page has {size:.0f} kB", flush=True)
     page = browser.new_context(offline=True).new_page()
     page.goto((folder / "sweep.html").as_uri())
+    return {"page": measure_explorer(page, steps)}
+
+
+def measure_explorer(page, steps):
+    """Steps of one layer, whose small curve is shown as well."""
+    page.locator("summary", has_text="Each layer").click()
     slider = page.get_by_role("slider", name="conv2")
-    return {"page": measure(page, slider, page.locator("circle").first, "cx", steps)}
+    return measure(
+        page, slider, page.locator(".cpnb-explorer circle").first, "cx", steps
+    )
 
 
-def live(browser, folder, steps):
-    """Steps of the explorer in JupyterLab, by name."""
-    return in_lab(browser, folder, steps, CONNECTION, live="conv2", budget="budget")
-
-
-def plain(browser, folder, steps):
-    """Steps of the explorer in a JupyterLab with the server's own connection."""
-    return in_lab(browser, folder, steps, None, plain="conv2")
-
-
-def in_lab(browser, folder, steps, connection, **sliders):
-    """Steps of the sliders with these labels, by name."""
-    home = Path(tempfile.mkdtemp(dir=folder))
-    variables = {"connection": connection, "PYTHONPATH": str(ROOT)}
-    with jupyterlab(folder, home, **variables) as address:
+def in_lab(browser, folder, steps):
+    """Steps of both explorers in JupyterLab, by name."""
+    cells = [nbformat.v4.new_code_cell(source) for source in CELLS]
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    notebook = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel})
+    (folder / "notebooks").mkdir()
+    (folder / "home").mkdir()
+    nbformat.write(notebook, folder / "notebooks" / "live.ipynb")
+    variables = {"PYTHONPATH": str(ROOT)}
+    with jupyterlab(folder / "notebooks", folder / "home", **variables) as address:
         page = browser.new_page(viewport={"width": 1200, "height": 900})
         page.set_default_timeout(120_000)
         notebook = NotebookPage(page, address, "live.ipynb", seconds=120)
         notebook.run_all()
-        output = page.locator(".jp-OutputArea-output", has=page.get_by_role("status"))
-        image = output.locator("img").first
-        image.wait_for()
-        found = {}
-        for name, axis in sliders.items():
-            row = output.locator(".widget-slider").filter(has_text=axis)
-            slider = row.get_by_role("slider")
-            found[name] = measure(page, slider, image, "src", steps)
-        assert notebook.ask("explorer.ranks['conv2']") < 84
-    return found
+        live = measure_explorer(page, steps)
+        slider = page.locator(".widget-slider").get_by_role("slider")
+        image = page.locator(".widget-image")
+        return {"live": live, "explore": measure(page, slider, image, "src", steps)}
 
 
 def main():
-    """Measure both and print what it was run with."""
+    """Measure all and print what it was run with."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--page-only", action="store_true")
@@ -145,14 +135,12 @@ def main():
         sys.exit("no Chromium (Debian: apt install chromium)")
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        make_sweep(folder)
-        browser = stack.enter_context(chromium(find_browser()))
+        browser = stack.enter_context(chromium())
         print(
             f"Chromium {browser.version}, cpnb {cpnb.__version__}, "
-            f"{platform.machine()}, {options.steps} steps; the page is "
-            f"{(folder / 'sweep.html').stat().st_size / 1000:.0f} kB"
+            f"{platform.machine()}, {options.steps} steps"
         )
-        for run in (on_page,) if options.page_only else (on_page, live, plain):
+        for run in (on_page,) if options.page_only else (on_page, in_lab):
             for name, steps in run(browser, folder, options.steps).items():
                 frames, script = zip(*steps, strict=True)
                 tail = statistics.quantiles(frames, n=10)[-1]
