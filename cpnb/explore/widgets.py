@@ -29,13 +29,12 @@ def explore(draw: Callable[..., str | None], **controls: Any) -> Explorer:
     """Put controls over a picture that a function draws anew when one of them moves.
 
     Args:
-        draw: Called as ``draw(figure, **values)`` with an empty matplotlib figure of
-            10 × 3.2 inches; returns what the figure says in words. Front ends call it
-            on another thread while a cell runs: it must use neither ``plt`` nor
-            formulas (``$…$``), and a logarithmic axis needs a plain formatter.
+        draw: Called as ``draw(figure, **values)`` with an empty figure of 10 × 3.2
+            inches; returns what it says in words. Front ends call it on another thread:
+            it must use neither ``plt`` nor formulas, which logarithmic axes have, too.
         **controls: By name. Numbers, a list or a ``range``, become a slider that stops
-            at each of them, a list of anything else a menu; both start at the first.
-            True or False becomes a box to tick; a widget is taken as it is.
+            at each of them, anything else a menu, both at the first; True or False
+            becomes a box to tick; a widget is taken as it is.
 
     >>> def draw(figure, rank, method):
     ...     figure.subplots().plot(range(rank))
@@ -101,9 +100,8 @@ def _control(name: str, values: Any) -> Any:
         return ipywidgets.Checkbox(values, description=name, indent=False)
     if not all(isinstance(value, int | float) for value in values):
         return ipywidgets.Dropdown(options=values, description=name)
-    options = [(f"{value:.4g}", value) for value in values]
     look = {"description": name, "readout": False, "layout": {"width": "560px"}}
-    return ipywidgets.SelectionSlider(options=options, **look)
+    return ipywidgets.SelectionSlider(options=[(f"{x:.4g}", x) for x in values], **look)
 
 
 def _named(control: Any) -> Any:
