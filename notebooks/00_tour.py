@@ -222,7 +222,7 @@ half = cpnb.truncate(net, keep=0.5)
 cpnb.truncation_report(net, half, data).round(3)
 
 # %% [markdown]
-# The report counts against the *dense* network, which is the only fair reference.
+# The table counts against the *dense* network, which is the only fair reference.
 # `relative_error` is that of the kernel, $\lVert W-\hat W\rVert/\lVert W\rVert$: 0 is a
 # perfect copy, 1 is as far off as a kernel of zeros. Without further training, this cut
 # is far too much: most digits are lost.
@@ -275,9 +275,9 @@ cpnb.truncation_report(net, better, data).round(3)
 #
 # ## 6. Slide the ranks yourself
 #
-# The figure above, live. One slider per layer, and one that cuts all layers to the same
-# share. The line of text under the picture holds the same numbers. (On a page without a
-# kernel you see the picture at full rank.)
+# The figure above, live. The slider at the top cuts all layers to the same share, the
+# others, under *Each layer*, one layer each; the line under the picture says what is
+# left. (On a page without a kernel you see the picture of the whole network.)
 #
 # **Predict**, then try: setting each layer on its own, how few parameters can the
 # network have and still reach 95 %?
@@ -333,8 +333,9 @@ check_parameters(kernel_parameters_solution)
 # %% [markdown]
 # **Exercise 2.** The table `sweep.curve("*")` has a row for each share of components,
 # the same in all layers, with the columns `keep` and `accuracy`. Find the smallest
-# share at which the network still reaches a target accuracy. The check does not look
-# into the table: it cuts the network itself.
+# share at which the network still reaches a target accuracy. (Any share below 100 %
+# takes a component from every layer, from `fc2` too.) The check does not look into the
+# table: it cuts the network itself.
 
 # %%
 sweep.curve("*")[["keep", "rank", "accuracy", "parameters"]].tail(3)

@@ -1060,13 +1060,14 @@ def meter_table(meters):
 meter_table({f"n = {n}": degeneracy(*two_terms(n)) for n in [1, 10, 100]})
 
 # %% [markdown]
-# **What to see:** the weights grow without bound, and the most negative cosine of two
-# components, signs included (*cancellation*), goes to −1: the two nearly cancel, and
-# the small difference is the approximation. This is **degeneracy**. The meter raises
-# its flag at an energy above 3: by the rule of section 8, dropping a random half of the
-# components then costs more than dropping them all.
+# **What to see:** the weights grow without bound (`lam_max` is the largest of them over
+# $\|T_n\|$), and the most negative cosine of two components, signs included
+# (`worst_cancellation`), goes to −1: the two nearly cancel, and the small difference is
+# the approximation. This is **degeneracy**. The meter raises its flag at an energy
+# above 3: by the rule of section 8, dropping a random half of the components then costs
+# more than dropping them all.
 #
-# *Float32 error* estimates what rounding the parameters to 32 bits does to the kernel:
+# `float32_error` estimates what rounding the parameters to 32 bits does to the kernel:
 # $2^{-23}\sum|\lambda_r|/\|W\|$. Measured:
 
 # %%

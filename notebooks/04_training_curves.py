@@ -133,8 +133,9 @@ plt.show()
 # %% [markdown]
 # **What to see:** lines are means and bands ± one standard deviation over the fresh
 # seeds, each method at its own rate. Compare the distance between the ends with the
-# bands. Against seconds the curves move apart: whoever computes its kernels anew in
-# every step pays for it, the canonical network among them.
+# bands. Against seconds the curves move apart: computing the kernels anew in every step
+# costs time, most of all in the canonical networks. (`edge` in the table says that a
+# best rate is the smallest or the largest that was tried.)
 #
 # ## 3. The paper's setting, from records
 #
@@ -532,8 +533,8 @@ for paragraph in answer():
 #   Tune on validation images, train anew, test once.
 # - Rates belong to methods: at one common rate the order is another one, and some
 #   methods do not train at all.
-# - `cpnb.compare` keeps every finished training and goes on where it stopped, here, in
-#   several processes, or on a cluster.
+# - `cpnb.compare` with a `path` keeps every finished training and goes on where it
+#   stopped, here, in several processes, or on a cluster.
 #
 # **Next:** `05_truncation` takes components away from a trained network.
 #
