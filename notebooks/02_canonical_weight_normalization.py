@@ -634,9 +634,10 @@ plt.show()
 # %% [markdown]
 # **What to see:** means over the tuning seeds. The curves have their tops at different
 # rates, and they fall off at different places: a comparison at any single rate would
-# have crowned whichever method that rate suits. Near such a cliff a few lucky tuning
-# seeds are not enough, because the next seed may fall off; that is why full mode tunes
-# with several seeds, and why the range over the fresh seeds is printed below.
+# have crowned whichever method that rate suits. Near such a cliff the next seed may
+# fall off, and at a constant rate the loss of a seed may jump up in its last epoch even
+# where the cliff is far. That is why full mode tunes with several seeds. They may still
+# all be lucky, and so the range over the fresh seeds is printed below.
 
 # %%
 races = {method: [] for method in METHODS}
@@ -661,7 +662,8 @@ plt.show()
 # %% [markdown]
 # **What to see:** lines are means and bands ± one standard deviation over the fresh
 # seeds, each method at its own learning rate. Look at the first epochs and at the end
-# separately; the order need not be the same.
+# separately; the order need not be the same. Where a band widens again in the last
+# epochs, one or two seeds have jumped away from the others.
 
 # %%
 print(f"test accuracy, mean ± std over n = {len(FRESH_SEEDS)} seeds, {EPOCHS} epochs")
@@ -708,7 +710,9 @@ print(
 # %% [markdown]
 # **How far this answer reaches.** The sentences above are about one small network on
 # one small data set, plain SGD, a constant learning rate and few epochs, with one fixed
-# split of the data. The standard errors speak of seeds, not of other images. Rates were
+# split of the data. The standard errors speak of seeds, not of other images. A single
+# seed that jumps at the end can widen a standard error so far that a difference of some
+# points does not count as seen: that is no sign that two methods are equal. Rates were
 # tuned on a coarse grid with few seeds; every method could gain from a finer search. At
 # the break-even rank the canonical network holds about as many parameters as the plain
 # one, so nothing here is compression; that is what `05_truncation` is about.

@@ -752,8 +752,8 @@ for name, values in deep_tested.items():
 # ## 8. The race on MNIST, from the record
 #
 # The same race with the paper's LeNet at the authors' ranks takes longer than a
-# notebook should. `python notebooks/experiments.py run initialization-mnist` ran it and
-# left a record, which this cell reads; no data set is needed.
+# notebook should. `python notebooks/experiments.py run initialization-mnist` runs it;
+# this cell reads the record of such a run, and no data set is needed.
 
 # %%
 NAME = "initialization-mnist"
@@ -857,8 +857,8 @@ print(textwrap.fill(answer(), 84))
 #
 # ## What was not shown
 #
-# - *MNIST at full size, CIFAR-10, SGD and RMSprop*, the paper's setting: the full-size
-#   experiment is defined (`python notebooks/experiments.py list`) and outstanding.
+# - *MNIST at full size, CIFAR-10, SGD and RMSprop*, the paper's setting: the race of
+#   the six starts is defined for Adam and the reduced size only.
 # - *Batch normalization*, which repairs a wrong variance at run time.
 # - *Starting from a trained kernel*: there a fit is not a luxury but the point, see
 #   `01_cp_decomposition`.

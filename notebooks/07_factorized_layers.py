@@ -756,7 +756,7 @@ def soft_threshold_solution(values, threshold):
 check("exercise 3, solution", soft_threshold_solution(VALUES, 1.0), MOVED)
 
 # %% [markdown]
-# ## 8. CIFAR-10, from the records
+# ## 8. CIFAR-10, from the record
 #
 # The paper's own case: a ResNet-32 of double width on CIFAR-10 at ten percent of the
 # parameters. Its figures, quoted here from a second source, stand in the first column;
@@ -812,12 +812,12 @@ print(textwrap.fill(answer(), 84))
 # **How far this reaches.** One small network, 1,079 training images, a few epochs, one
 # weight decay for all, a coarse grid of rates tuned with few seeds, a test set in which
 # an image is 0.28 points. The standard errors speak of seeds, not of other images; five
-# seeds see an effect of half a point, not one of a tenth. That two recipes were not
-# told apart is a statement about these few seeds.
+# seeds see an effect of one point, may miss one of half a point, and do not see one of
+# a tenth. That two recipes were not told apart is a statement about these few seeds.
 #
 # ## What was not shown
 #
-# - *The paper's setting*, until the record at full size exists.
+# - *The paper's setting*, until its record exists.
 # - *Weight decay tuned together with the rate*: a recipe for each decay does it, at the
 #   square of the cost.
 # - *The three-factor form* $U M V^\top$, which the paper uses for layers that are made
