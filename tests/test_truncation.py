@@ -410,3 +410,25 @@ def test_truncation_refuses_a_layer_or_model_that_it_cannot_cut():
     for text, (error, model, rank) in refused.items():
         with pytest.raises(error, match=text):
             truncate(model, rank=rank)
+
+
+@pytest.mark.parametrize("refit", ["weight", "data"])
+def test_refit_never_raises_its_error_when_components_are_dependent(refit):
+    layer = CPLinear(6, 5, rank=8)
+    with torch.no_grad():
+        for factor in layer.factors:  # four components, twice, all but equal
+            factor[:, 4:] = factor[:, :4] + 1e-7 * torch.randn_like(factor[:, 4:])
+        layer.lam.copy_(torch.tensor([1.0, -1, 1e3, 1, -1, 1, -1e3, 1]))
+    inputs = torch.randn(4, 6)  # fewer than features
+    data = inputs, torch.zeros(4, dtype=torch.long)
+
+    def error(cut):
+        if refit == "weight":
+            return (layer.weight - cut.weight).norm().item()
+        return (layer(inputs) - cut(inputs)).norm().item()
+
+    for rank in range(1, 9):
+        options = {"rank": rank, "key": "greedy", "data": data}
+        plain = error(truncate(layer, **options))
+        fitted = error(truncate(layer, refit=refit, **options))
+        assert fitted <= plain * (1 + 1e-4) + 1e-3  # float32, λ of a thousand

@@ -207,3 +207,18 @@ def test_conditioned_cp_layer_has_the_gradient_of_the_dense_formula(
     lam = named["parametrizations.lam.original"]
     assert_close(lam.grad, source.lam.grad)
     assert layer.scale.grad is None
+
+
+def test_conditioned_cp_layer_follows_copies_checkpoints_and_edits():
+    layer = normalize(cpnb.CPConv2d(3, 4, 3, rank=5), "conditioned")
+    fresh = normalize(cpnb.CPConv2d(3, 4, 3, rank=5), "conditioned")
+    fresh.load_state_dict(layer.state_dict())
+    twin = copy.deepcopy(layer)
+    for other in (twin, fresh):
+        assert torch.equal(other.weight, layer.weight)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.add_(1.0)
+    assert torch.equal(fresh.weight, layer.weight), "the copy has parameters of its own"
+    rows = twin.weight.flatten(1).norm(dim=1)
+    assert_close(rows, twin.scale.detach().expand(4))

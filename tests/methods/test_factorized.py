@@ -453,3 +453,12 @@ def test_proximal_penalty_makes_zeros_that_truncation_removes_without_a_trace():
     assert small.conv2.rank == ranks["conv2"]
     images = torch.rand(50, 1, 8, 8, **FLOAT64)
     assert_close(small(images), net.double().eval()(images), rtol=1e-12, atol=1e-12)
+
+
+def test_conv_weight_is_the_kernel_of_loops():
+    layer = LowRankConv2d(3, 4, (2, 3), rank=3, init="kaiming", **FLOAT64)
+    left, right = layer.left.view(4, 2, 3), layer.right.view(3, 3, 3)
+    kernel = torch.zeros(4, 3, 2, 3, **FLOAT64)
+    for o, i, h, w, r in itertools.product(*map(range, (4, 3, 2, 3, 3))):
+        kernel[o, i, h, w] += (left[o, h, r] * right[i, w, r]).detach()
+    assert_close(layer.weight.detach(), kernel)

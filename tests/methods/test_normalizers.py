@@ -362,3 +362,18 @@ def tied():
 def test_normalize_refuses_bad_input(model, name, options, error, text):
     with pytest.raises(error, match=text):
         normalize(model, name, **options)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_normalized_model_runs_in_channels_last_and_autocast(name):
+    model, images = (part.float() for part in plane())
+    model = normalized(model, name, images).eval()
+    expected = model(images)
+    packed = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    innermost = images.contiguous(memory_format=torch.channels_last)
+    assert error(packed(innermost), expected) < 1e-5
+    with torch.autocast("cpu", torch.bfloat16):
+        low = model(images)
+    assert error(low.float(), expected) < 0.03
+    low.float().sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
