@@ -663,7 +663,8 @@ plt.show()
 # **What to see:** lines are means and bands ± one standard deviation over the fresh
 # seeds, each method at its own learning rate. Look at the first epochs and at the end
 # separately; the order need not be the same. Where a band widens again in the last
-# epochs, one or two seeds have jumped away from the others.
+# epochs, one or two seeds have jumped away from the others. The legend's "dense" is
+# plain training, its "canonical (CP)" the unified start.
 
 # %%
 print(f"test accuracy, mean ± std over n = {len(FRESH_SEEDS)} seeds, {EPOCHS} epochs")

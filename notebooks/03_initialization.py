@@ -14,7 +14,7 @@
 #
 # **You need** `01_cp_decomposition` and `02_canonical_weight_normalization`.
 #
-# **Time, measured on two CPU cores:** 1.7 minutes; fast mode 0.4.
+# **Time, measured on two CPU cores:** 1.8 minutes; fast mode 0.5.
 
 # %%
 import math
@@ -282,7 +282,7 @@ axes[0].set_ylabel("Var(W) / Kaiming's variance")
 axes[0].legend(loc="lower right", ncols=2)
 axes[1].set_ylim(bottom=1e-14)
 axes[1].legend(loc="lower left")
-axes[0].set_title("the library's starts")
+axes[0].set_title("starts of a CP kernel")
 worst = max(abs(v.mean().item() - 1) for v in ratios["unified"])
 axes[1].set_title(f"three foils; unified stays within {worst:.1%}")
 plt.show()
