@@ -7,18 +7,20 @@ one walks a model the same way: `layers_to_convert`, then `replace_layers`.
 import copy
 import functools
 import types
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cpnb.cp import CPForm, Rank, resolve_rank
-from cpnb.initializers import resolve_init
+from cpnb.cp import CPForm, Rank, exact_rank, resolve_rank
+from cpnb.initializers import FITS, resolve_init
 from cpnb.layers import CPConv1d, CPConv2d, CPConv3d, CPLayer, CPLinear, FactoredLayer
 
-__all__ = ["canonicalize", "cp_layers", "from_layer", "to_dense"]
+__all__ = ["canonicalize", "cp_layers", "from_layer", "step_gauge_", "to_dense"]
 
+LOSS = 0.1  # share of the kernels' squared norm; a fit that loses more says so
 
 Skip = str | Iterable[str] | Callable[[str, nn.Module], bool]
 Ranks = Rank | Mapping[str, Rank]
@@ -38,13 +40,14 @@ def from_layer(
 ) -> CPLayer:
     """Put a stock convolution or linear layer into CP form.
 
-    All else is kept, with a copy of the bias; the source layer is not touched.
+    All else is kept, with a copy of the bias; the source layer is not touched. A fit
+    that loses more than a tenth of the kernel (in squared norm) gives a warning.
 
     Args:
         layer: An `nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d` or `nn.Linear`.
         rank: As in `CPConv2d`, or a function such as ``cpnb.methods.fit_rank(0.1)``.
-        init: ``"power"`` or ``"als"`` fit the layer's kernel; the random starts keep
-            only its shape.
+        init: ``"power"`` or ``"als"`` fit the layer's kernel and keep its norm; the
+            random starts keep only its shape.
         generator: Source of randomness; torch's default one if None.
 
     Raises:
@@ -56,6 +59,14 @@ def from_layer(
     reason = refusal(layer, CP_KINDS)
     if reason:
         raise TypeError(f"layer is a {type(layer).__name__}: {reason}.")
+    new = _in_cp_form(layer, rank, init, generator)
+    _tell_loss({"": layer}, {"": new})
+    return new
+
+
+def _in_cp_form(
+    layer: Any, rank: Rank, init: Any, generator: torch.Generator | None
+) -> CPLayer:
     start = resolve_init(init)
     # As the fits see it: without modes of size 1.
     kernel = layer.weight.detach()
@@ -95,22 +106,26 @@ def canonicalize(
     model: nn.Module,
     *,
     rank: Ranks = "same",
-    init: str | Callable[..., CPForm] = "unified",
+    init: str | Callable[..., CPForm] = "power",
     skip: Skip = (),
     generator: torch.Generator | None = None,
+    progress: bool = True,
 ) -> nn.Module:
     """Copy a model with every convolution and linear layer in CP form.
 
-    Layers already in CP form stay as they are. The source model is not touched.
+    The present kernels are fitted; if that loses more than a tenth of them (in squared
+    norm), a warning says how much. Layers already in CP form stay as they are. The
+    source model is not touched.
 
     Args:
         model: Any module; also a single layer.
         rank: As in `from_layer`, for every layer, or a mapping from each layer's name;
             `cpnb.methods.ranks_for` makes one from a budget of the whole model.
-        init: ``"power"`` or ``"als"`` fit the present kernels; the random starts, as
-            for a network trained from scratch, keep only their shapes.
+        init: ``"power"`` or ``"als"`` fit the present kernels and keep their norms; the
+            random starts, such as ``"unified"``, keep only their shapes.
         skip: Names of layers to leave alone, or a predicate ``(name, layer) -> bool``.
         generator: Source of randomness; torch's default one if None.
+        progress: Whether to show a bar when it takes more than two seconds.
 
     Returns:
         A new model.
@@ -120,13 +135,15 @@ def canonicalize(
         ValueError: If weights are tied, or there is nothing to convert.
 
     >>> net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
-    >>> canonicalize(net, rank=3, skip="2")
+    >>> canonicalize(net, rank=8, skip="2")
     Sequential(
-      (0): CPLinear(8, 8, rank=3 (0.75 of break-even 4))
+      (0): CPLinear(8, 8, rank=8 (2.00 of break-even 4))
       (1): ReLU()
       (2): Linear(in_features=8, out_features=2, bias=True)
     )
     """
+    from tqdm import tqdm
+
     layers = layers_to_convert(model, skip, CP_KINDS)
     if not layers and not cp_layers(model):
         raise ValueError(
@@ -134,13 +151,62 @@ def canonicalize(
             "convert. Check the model and skip."
         )
     ranks = named_ranks(rank, layers)
-    return replace_layers(
-        model,
-        {
-            name: from_layer(layer, rank=ranks[name], init=init, generator=generator)
-            for name, layer in layers.items()
-        },
-    )
+    if isinstance(rank, int):  # one number for all: small layers cannot use as many
+        bounds = {n: exact_rank(layer.weight.shape) for n, layer in layers.items()}
+        clipped = {n: bound for n, bound in bounds.items() if rank > 2 * bound}
+        ranks |= clipped
+        if clipped:
+            warnings.warn(
+                f"rank is {rank}, more than some layers can use: they get the ranks "
+                f"{clipped}, at which every kernel is exact.",
+                stacklevel=2,
+            )
+    bar = tqdm(layers.items(), "fitting kernels", disable=not progress, delay=2)
+    new = {n: _in_cp_form(one, ranks[n], init, generator) for n, one in bar}
+    _tell_loss(layers, new)
+    return replace_layers(model, new)
+
+
+def _tell_loss(layers: Mapping[str, Any], fitted: Mapping[str, CPLayer]) -> None:
+    """Warn if fits of kernels lost more than a tenth of their squared norm."""
+    shares, total, lost = {}, 0.0, 0.0
+    for name, layer in layers.items():
+        if fitted[name].init in FITS:
+            weight = layer.weight.detach().double()
+            missing = (weight - fitted[name].weight.detach()).square().sum().item()
+            total += weight.square().sum().item()
+            lost += missing
+            shares[name] = missing / (weight.square().sum().item() or 1)
+    if lost > LOSS * total:
+        worst = max(shares, key=shares.__getitem__)
+        warnings.warn(
+            f"the CP form keeps {1 - lost / total:.0%} of the squared norm of the "
+            f"kernels, and {1 - shares[worst]:.0%} of that of "
+            f"{worst or 'the layer'!r}. For a network that is trained already, "
+            "rank=cpnb.methods.fit_rank(0.1) keeps 99%.",
+            stacklevel=3,
+        )
+
+
+def step_gauge_(model: nn.Module) -> nn.Module:
+    """Store the CP layers of a model in the step gauge, in place; see `CPLayer.store`.
+
+    The function stays the same. New layers are in this gauge already; it is meant for
+    checkpoints of version 0.2, and for networks whose λ have changed much in training.
+    Build a new optimizer afterwards: momentum belongs to the old lengths.
+
+    >>> layer = step_gauge_(CPLinear(20, 10))
+    >>> torch.allclose(layer.factors[1].norm(dim=0), layer.components()[0].abs())
+    True
+    """
+    for name, layer in cp_layers(model).items():
+        if any(map(nn.utils.parametrize.is_parametrized, layer.modules())):
+            raise TypeError(
+                f"layer {name!r} is parametrized: its columns are computed. Call "
+                "cpnb.methods.remove_normalizer(model, keep_cp=True) first."
+            )
+        layer.store(*layer.components(torch.float64))
+    return model
 
 
 def to_dense(model: nn.Module) -> nn.Module:

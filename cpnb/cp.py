@@ -222,6 +222,11 @@ def break_even_rank(shape: Sequence[int]) -> int:
     return math.ceil(math.prod(shape) / (sum(n for n in shape if n > 1) + 1))
 
 
+def exact_rank(shape: Sequence[int]) -> int:
+    """``Π size_n / max size_n``: with as many components every kernel is exact."""
+    return math.prod(shape) // max(shape)
+
+
 def cp_parameters(shape: Sequence[int], rank: int) -> int:
     """Parameters of a CP kernel: λ, one factor per mode of size > 1, and σ."""
     return rank * (sum(n for n in shape if n > 1) + 1) + 1

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from cpnb.cp import CPForm
+from cpnb.cp import CPForm, rebuild
 from cpnb.decompose import als, power_method, random_units
 
 __all__ = ["INITIALIZERS", "gaussian", "unified", "uniform"]
@@ -108,7 +108,7 @@ def uniform(
 def power(shape: Sequence[int], rank: int, **options: Any) -> CPForm:
     """`power_method` on the dense weight, or on torch's default start for the shape.
 
-    Args: see `unified`. Source: Veeramacheneni et al. 2022, arXiv:2206.01509.
+    The result is rescaled to the norm of that weight. Args: see `unified`. Source: Veeramacheneni et al. 2022, arXiv:2206.01509.
     """
     return _fitted(power_method, shape, rank, **options)
 
@@ -116,7 +116,7 @@ def power(shape: Sequence[int], rank: int, **options: Any) -> CPForm:
 def fitted_als(shape: Sequence[int], rank: int, **options: Any) -> CPForm:
     """`als` on the dense weight, or on torch's default start for the shape.
 
-    Args: see `unified`. Source: Kolda & Bader 2009, doi:10.1137/07070111X.
+    The result is rescaled to the norm of that weight. Args: see `unified`. Source: Kolda & Bader 2009, doi:10.1137/07070111X.
     """
     return _fitted(als, shape, rank, **options)
 
@@ -128,6 +128,9 @@ INITIALIZERS: dict[str, Callable[..., CPForm]] = {
     "power": power,
     "als": fitted_als,
 }
+
+
+FITS = (power, fitted_als)  # of a kernel, where there is one
 
 
 def resolve_init(init: str | Callable[..., CPForm]) -> Callable[..., CPForm]:
@@ -192,7 +195,8 @@ def _fitted(
     kernel = weight.reshape([n for n in shape if n > 1])
     if kernel.ndim > 1 and kernel.any():
         result = method(kernel, rank, generator=generator)
-        return result.lam, result.factors
+        norm = rebuild(result.lam, result.factors).norm()
+        return result.lam * (kernel.norm() / norm), result.factors
     # A number or a vector is its own first component; a zero kernel has none.
     lam = kernel.new_zeros(rank)
     lam[0] = kernel.norm() if kernel.ndim else kernel

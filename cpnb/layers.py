@@ -25,7 +25,9 @@ from cpnb.cp import (
     CPForm,
     Rank,
     break_even_rank,
+    component_gram,
     cp_parameters,
+    exact_rank,
     normalize_columns,
     rebuild,
     resolve_rank,
@@ -40,6 +42,11 @@ FORWARD_MODES = ("auto", "dense", "chain")
 # Its depthwise stage is bound by memory: on x86-64 cores the times cross at 0.50 (64
 # channels) to 0.73 (256 channels) of that rank.
 CHAIN_SHARE = 0.5
+# The step gauge, chosen by measurement (notebook 02): a column of the largest mode has
+# the length COLUMN · |σλ_r|, one of n entries √(largest/n) times that.
+COLUMN = 1.0
+SLOW = 4.0  # a step moves the kernel by way of λ or σ as much less, squared
+SHORTEST = 0.1  # as a share of the RMS of σλ: a shorter column would turn too fast
 
 
 class FactoredLayer(nn.Module):
@@ -98,7 +105,8 @@ class CPLayer(FactoredLayer):
     """Base of the CP layers: ``weight = σ Σ_r λ_r â_r∘b̂_r∘…`` with unit columns.
 
     Attributes:
-        scale: Global scale σ. Scalar parameter.
+        scale: Global scale: ``σ = scale · unit``. Scalar parameter.
+        unit: The unit of σ, a constant that the start chooses. Scalar buffer.
         lam: Component weights λ, any sign. Shape ``(rank,)``.
         factors: One factor matrix per mode of size > 1, columns of any length, which
             the forward normalises. Shapes ``(size_n, rank)``.
@@ -129,9 +137,18 @@ class CPLayer(FactoredLayer):
         self.signed = signed
         self.active_rank: int | None = None
         count = resolve_rank(rank, self.kernel_shape)
+        exact = exact_rank(self.kernel_shape)
+        if count > 2 * exact:  # the paper's LeNet has 11 components where 9 are exact
+            raise ValueError(
+                f"rank is {count} for a kernel of shape {self.kernel_shape}, expected "
+                f"at most {2 * exact}: with {exact} components every such kernel is "
+                f"exact. Pass rank={exact} or less."
+            )
         like = torch.empty(0, device=device, dtype=dtype)
         sizes = [n for n in self.kernel_shape if n > 1]
         self.scale = nn.Parameter(like.new_empty(()))
+        self.unit: Tensor
+        self.register_buffer("unit", like.new_empty(()))
         self.lam = nn.Parameter(like.new_empty(count))
         self.factors = nn.ParameterList(
             [nn.Parameter(like.new_empty(n, count)) for n in sizes]
@@ -145,13 +162,45 @@ class CPLayer(FactoredLayer):
         """Draw a new start of the same rank; the bias as torch's own layers do."""
         where = {"device": self.lam.device, "dtype": self.lam.dtype}
         options = {"groups": self.groups, "generator": generator, **where}
-        lam, factors = self.init(self.kernel_shape, self.rank, **options)
-        self.scale.fill_(1.0)
-        self.lam.copy_(lam)
-        for old, new in zip(self.factors, factors, strict=True):
-            old.copy_(new)
+        self.store(*self.init(self.kernel_shape, self.rank, **options))
         if self.bias is not None:
             self.bias.copy_(dense_bias(self.kernel_shape, generator, self.bias))
+
+    @torch.no_grad()
+    def store(self, lam: Tensor, factors: Sequence[Tensor]) -> None:
+        """Make ``Σ_r lam[r] f_r∘g_r∘…`` the kernel, and store it in the step gauge.
+
+        The forward uses unit columns, so their stored lengths, and the units of σ and
+        λ, are free. They decide how far a step of SGD moves the kernel: here, in most
+        directions, about R/R_same as far as it moves a dense kernel.
+
+        Args:
+            lam: Weights with σ folded in. Shape ``(rank,)``.
+            factors: Of the modes of size > 1, any lengths. Shapes ``(size_n, rank)``.
+        """
+        lam, factors = lam.double(), [factor.double() for factor in factors]
+        square = lam.sum().square()
+        if factors:
+            factors, norms = normalize_columns(factors)
+            lam = lam * norms.prod(0)
+            square = (lam @ component_gram(factors) @ lam).clamp_min(0)
+        rms = lam.square().mean().sqrt()
+        norm = torch.where(square == 0, 1, square).sqrt()
+        shortest = torch.where(rms == 0, 1, SHORTEST * rms)
+        self.scale.copy_(SLOW * norm)
+        self.unit.copy_(1 / (SLOW**2 * norm))
+        if not self.signed and factors:
+            factors[0] = factors[0] * torch.where(lam < 0, -1, 1)
+        self.lam.copy_(lam / self.sigma)
+        lengths = COLUMN * lam.abs().clamp_min(shortest)
+        for parameter, factor in zip(self.factors, factors, strict=True):
+            slow = max(self.kernel_shape) / len(factor)
+            parameter.copy_(factor * lengths * slow**0.5)
+
+    @property
+    def sigma(self) -> Tensor:
+        """The global scale σ. Scalar."""
+        return self.scale * self.unit
 
     @property
     def rank(self) -> int:
@@ -183,7 +232,7 @@ class CPLayer(FactoredLayer):
         factors = [factor.to(dtype) for factor in self.factors]
         units = normalize_columns(factors)[0] if factors else []
         lam = self.lam if self.signed else self.lam.abs()
-        return (lam * self.scale).to(dtype), units
+        return (lam * self.sigma).to(dtype), units
 
     def resize(self, rank: int) -> None:
         """Make room for another rank; the values are left for the caller to fill.
@@ -197,7 +246,7 @@ class CPLayer(FactoredLayer):
     def _terms(self) -> CPForm:
         """λ with σ and the norms it must carry, and factors; active components only."""
         lam = self.lam[: self.active_rank]
-        lam = (lam if self.signed else lam.abs()) * self.scale
+        lam = (lam if self.signed else lam.abs()) * self.sigma
         return with_unit_columns(lam, [f[:, : self.active_rank] for f in self.factors])
 
     def _kernel(self, channels_last: bool) -> Tensor:
@@ -242,6 +291,8 @@ class CPLayer(FactoredLayer):
             held = [state_dict.get(f"{prefix}factors.{n}") for n in range(len(wanted))]
             if [None if f is None else tuple(f.shape) for f in held] == wanted:
                 self.resize(lam.numel())
+        if lam is not None:  # before version 0.3 σ had no unit
+            state_dict.setdefault(f"{prefix}unit", torch.ones_like(self.unit))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:

@@ -465,14 +465,6 @@ def _keep(layer: CPLayer, index: Tensor, lam: Tensor | None = None) -> CPLayer:
     """Copy a layer with some of its components, as they are or with other σλ."""
     cut = copy.deepcopy(layer)
     cut.resize(len(index))
-    for new, old in zip(cut.factors, layer.factors, strict=True):
-        new.copy_(old[:, index])
-    if lam is None:
-        cut.lam.copy_(layer.lam[index])
-        return cut
-    scale = layer.scale.double()
-    lam = lam / torch.where(scale == 0, 1, scale)
-    if not layer.signed and len(cut.factors):  # |λ| is used: the signs move elsewhere
-        cut.factors[0].mul_(torch.where(lam < 0, -1, 1))
-    cut.lam.copy_(lam)
+    present, units = layer.components(torch.float64)
+    cut.store(present[index] if lam is None else lam, [u[:, index] for u in units])
     return cut

@@ -125,7 +125,8 @@ def test_every_start_is_repeatable_and_has_no_factor_for_size_one(name, shape):
 def test_a_start_given_as_a_function_is_used():
     outwards = functools.partial(unified, mode="fan_out")
     layer = cpnb.CPConv2d(8, 32, 3, rank=10, init=outwards)
-    assert layer.lam[0].item() == pytest.approx(math.sqrt(2 * 8 / 10))
+    lam = layer.components()[0][0].item()
+    assert lam == pytest.approx(math.sqrt(2 * 8 / 10))
 
 
 def test_layer_refuses_a_start_it_does_not_know():

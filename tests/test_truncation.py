@@ -213,7 +213,7 @@ def test_activation_and_output_gram_are_mean_squares_of_what_is_added(kind):
         products[r, s] = (alone[r] * alone[s]).sum() / len(inputs)
     model = nn.Sequential(layer, nn.Flatten())
     data = inputs, torch.zeros(60, dtype=torch.long)
-    lam = layer.lam.detach() * layer.scale.detach()
+    lam = layer.lam.detach() * layer.sigma.detach()
     gram = _output_grams(look(model, data))["0"]
     assert_close(lam[:, None] * gram * lam, products)
     assert_close(scores(model, data, "activation")["0"], products.diagonal())
@@ -351,18 +351,18 @@ def test_truncate_at_full_rank_changes_nothing():
     layer = make_layer()
     for refit, key in itertools.product([False, True], ["lam", "greedy"]):
         cut = truncate(layer, rank=6, key=key, refit=refit)
-        assert torch.equal(cut.weight, layer.weight)
+        assert_close(cut.weight, layer.weight)
 
 
 def test_truncate_cuts_a_layer_that_is_used_twice_and_one_without_factors():
     shared = CPLinear(4, 4, rank=3)
     cut = truncate(nn.Sequential(shared, nn.ReLU(), shared), rank=2)
     assert cut[0] is cut[2]
-    number = CPLinear(1, 1, rank=3)
+    number = CPLinear(1, 1, rank=2)
     for refit in (False, True):
-        cut = truncate(number, rank=2, refit=refit)
+        cut = truncate(number, rank=1, refit=refit)
         error = (cut.weight - number.weight).abs().item()
-        least = (number.lam * number.scale).abs().min().item()
+        least = (number.lam * number.sigma).abs().min().item()
         assert error == pytest.approx(0 if refit else least, abs=1e-6)
 
 

@@ -2,7 +2,8 @@
 
 - ranks: `rank_sweep`, `RankSweep`, `RankExplorer`, `allocate_ranks`, `rank_front`,
   `truncation_report`
-- diagnostics: `spectrum`, `spectrum_report`, `top_hessian_eigenvalue`, `loss_slice`
+- diagnostics: `spectrum`, `spectrum_report`, `step_spectrum`, `loss_slice`,
+  `top_hessian_eigenvalue`
 - figures: `plots`; a slider for a drawing function of your own: `explore`
 """
 
@@ -15,6 +16,7 @@ from cpnb.explore.diagnostics import (
     loss_slice,
     spectrum,
     spectrum_report,
+    step_spectrum,
     top_hessian_eigenvalue,
 )
 from cpnb.explore.report import truncation_report
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 __all__ = [
     "RankChoice", "RankExplorer", "RankSweep", "allocate_ranks", "explore",
     "loss_slice", "plots", "rank_front", "rank_sweep", "spectrum", "spectrum_report",
-    "top_hessian_eigenvalue", "truncation_report",
+    "step_spectrum", "top_hessian_eigenvalue", "truncation_report",
 ]  # fmt: skip
 
 

@@ -20,7 +20,10 @@ from torch.nn import functional as F
 from cpnb.layers import CPLayer, evaluation_mode
 from cpnb.train.evaluation import images_and_labels, placement
 
-__all__ = ["loss_slice", "spectrum", "spectrum_report", "top_hessian_eigenvalue"]
+__all__ = [
+    "loss_slice", "spectrum", "spectrum_report", "step_spectrum",
+    "top_hessian_eigenvalue",
+]  # fmt: skip
 
 _CHUNK = 1000  # images per pass
 
@@ -104,6 +107,54 @@ def spectrum_report(model: nn.Module) -> pd.DataFrame:
             shape = {"shape": "×".join(map(str, weight.shape))}
             rows[name or type(module).__name__] = shape | spectrum(module)._asdict()
     return pd.DataFrame.from_dict(rows, orient="index").drop(columns="singular_values")
+
+
+class StepSpectrum(NamedTuple):
+    """How far steps of gradient descent move a kernel; for a dense layer both are 1."""
+
+    largest: float  # eigenvalue of J Jᵀ
+    mean: float  # of its eigenvalues
+
+
+def step_spectrum(
+    layer: nn.Module, *, generator: torch.Generator | None = None
+) -> StepSpectrum:
+    """Compare steps of a layer's parameters with those of a dense kernel.
+
+    With J the Jacobian of the kernel by the parameters, a step of SGD at the rate η
+    moves the kernel by ``−η J Jᵀ G``, G its gradient: by ``−η G`` in a dense layer.
+
+    Args:
+        layer: Any layer with a ``weight``, such as a CP, a low-rank or a
+            weight-normalised one.
+        generator: Source of the start and of 30 probes; torch's default one if None.
+
+    Source: re-derived here; Hutchinson 1990, doi:10.1080/03610919008812866 (the mean).
+
+    >>> step_spectrum(nn.Linear(4, 3))
+    StepSpectrum(largest=1.0, mean=1.0)
+    """
+    from scipy.sparse import linalg
+
+    holder = nn.Module()
+    holder.layer = copy.deepcopy(layer).double()
+    holder.forward = lambda: holder.layer.weight
+    values = {n: p for n, p in holder.named_parameters() if not n.endswith("bias")}
+    kernel, pull = torch.func.vjp(lambda p: functional_call(holder, p, ()), values)
+    # J from the linear Jᵀ, since torch's weight norm has no forward derivative.
+    push = torch.func.vjp(lambda move: pull(move)[0], torch.zeros_like(kernel))[1]
+
+    def product(direction: np.ndarray) -> np.ndarray:
+        back = pull(torch.from_numpy(direction).view_as(kernel))
+        return push(back[0])[0].detach().flatten().numpy()
+
+    size = kernel.numel()
+    start, *probes = _draw((31, size), generator).cpu()
+    operator = linalg.LinearOperator((size, size), matvec=product, dtype=np.float64)
+    (largest,) = linalg.eigsh(operator, 1, v0=start.numpy(), tol=1e-3)[0]
+    signs = [probe.sign().numpy() for probe in probes]
+    mean = sum(sign @ product(sign) for sign in signs) / (size * len(signs))
+    return StepSpectrum(float(largest), float(mean))
 
 
 class TopEigenvalue(NamedTuple):

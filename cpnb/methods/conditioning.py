@@ -50,6 +50,7 @@ def condition_(
     register = parametrize.register_parametrization
     with torch.no_grad():
         layer.scale.fill_(-gain if layer.scale < 0 else gain)
+        layer.unit.fill_(1.0)
     layer.scale.requires_grad_(False)
     register(layer, "lam", ConditionedCP(layer, "lam", detach))
     if layer.kernel_shape[0] > 1:

@@ -442,7 +442,7 @@ class ProximalL1:
         rates = {p: g["lr"] for g in optimizer.param_groups for p in g["params"]}
         for layer in cp_layers(model).values():
             if layer.lam in rates:
-                threshold = rates[layer.lam] * self.mu * layer.scale.abs()
+                threshold = rates[layer.lam] * self.mu * layer.sigma.abs()
                 shrunk = (layer.lam.abs() - threshold).clamp_min(0)
                 layer.lam.copy_(shrunk * layer.lam.sign())
 

@@ -128,6 +128,7 @@ def _without_parametrizations(layer: Any) -> Any:
                 made_of = owner.parametrizations[last].parameters()
             parameter.requires_grad_(any(p.requires_grad for p in made_of))
     if canonical:  # in a conditioned layer σ is the gain, and not trained
+        new.unit.copy_(layer.unit)
         new.scale.requires_grad_(new.lam.requires_grad)
     return new.train(layer.training)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import os
+import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -230,10 +231,10 @@ class Source:
     read: Callable[[Sequence[Path]], list[Part]]  # training part, then any test part
     classes: tuple[str, ...]
     licence: str  # and whom to cite
-    folders: tuple[str, ...] = ()  # to look for in CPNB_DATA; the last is the cache's
+    folders: Sequence[str] = ()  # to look for in CPNB_DATA; the last is the cache's
     url: str = ""  # where the downloads are
     hashes: Mapping[str, str] = field(default_factory=dict)  # a .tar.gz is unpacked
-    unpacked: tuple[str, ...] = ()  # files in the folder, if not the downloads
+    unpacked: Sequence[str] = ()  # files in the folder, if not the downloads
 
 
 def _read_parts(source: Source) -> list[Part]:
@@ -328,81 +329,24 @@ def _read_svhn(paths: Sequence[Path], first: int | None = None) -> list[Part]:
     ]
 
 
-_DIGITS = tuple("0123456789")
-_CLOTHES = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot"
-_OBJECTS = "airplane automobile bird cat deer dog frog horse ship truck"
-_SVHN_LICENCE = "non-commercial use; cite Netzer, Wang, Coates, Bissacco, Wu, Ng 2011"
-_SVHN_URL = "http://ufldl.stanford.edu/housenumbers/"
-_SVHN_TRAIN = {"train_32x32.mat": "md5:e26dedcc434d2e4c54c9b2d4a06d8373"}
-
-SOURCES = {
-    "digits": Source(
-        read=_read_digits,
-        classes=_DIGITS,
-        licence="CC BY 4.0 (UCI, doi:10.24432/C50P49), copy in scikit-learn",
-    ),
-    "mnist": Source(
-        read=_read_mnist,
-        classes=_DIGITS,
-        licence="cite LeCun, Bottou, Bengio, Haffner 1998",
-        folders=("mnist",),
-        # A mirror: the authors' own address no longer serves the files.
-        url="https://ossci-datasets.s3.amazonaws.com/mnist/",
-        hashes={
-            "train-images-idx3-ubyte.gz": "md5:f68b3c2dcbeaaa9fbdd348bbdeb94873",
-            "train-labels-idx1-ubyte.gz": "md5:d53e105ee54ea40749a09fcbcd1e9432",
-            "t10k-images-idx3-ubyte.gz": "md5:9fb629c4189551a2d022fa330f9573f3",
-            "t10k-labels-idx1-ubyte.gz": "md5:ec29112dd5afa0611ce80d1b7f02629c",
-        },
-    ),
-    "fashion_mnist": Source(
-        read=_read_mnist,
-        classes=tuple(_CLOTHES.split(",")),
-        licence="MIT, Zalando SE 2017; cite Xiao, Rasul, Vollgraf 2017",
-        folders=("fashion_mnist",),
-        url="http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
-        hashes={
-            "train-images-idx3-ubyte.gz": "md5:8d4fb7e6c68d591d4c3dfef9ec88bf0d",
-            "train-labels-idx1-ubyte.gz": "md5:25c81989df183df01b3e8a0aad5dffbe",
-            "t10k-images-idx3-ubyte.gz": "md5:bef4ecab320f06d8554ea6380940ec79",
-            "t10k-labels-idx1-ubyte.gz": "md5:bb300cfdad3c16e7a12a480ee83cd310",
-        },
-    ),
-    "cifar10": Source(
-        read=partial(_read_cifar, label_bytes=1),
-        classes=tuple(_OBJECTS.split()),
-        licence="no licence stated; cite Krizhevsky 2009",
-        folders=("cifar10",),
-        url="https://www.cs.toronto.edu/~kriz/",
-        hashes={"cifar-10-binary.tar.gz": "md5:c32a1d4ab5d03f1284b67883e8d87530"},
-        unpacked=(
-            *(f"cifar-10-batches-bin/data_batch_{k}.bin" for k in range(1, 6)),
-            "cifar-10-batches-bin/test_batch.bin",
-        ),
-    ),
-    "cifar100": Source(
-        read=partial(_read_cifar, label_bytes=2),  # the coarse label, then the fine one
-        classes=tuple(map(str, range(100))),
-        licence="no licence stated; cite Krizhevsky 2009",
-        folders=("cifar100",),
-        url="https://www.cs.toronto.edu/~kriz/",
-        hashes={"cifar-100-binary.tar.gz": "md5:03b5dce01913d631647c71ecec9e9cb8"},
-        unpacked=("cifar-100-binary/train.bin", "cifar-100-binary/test.bin"),
-    ),
-    "svhn": Source(
-        read=_read_svhn,
-        classes=_DIGITS,
-        licence=_SVHN_LICENCE,
-        folders=("svhn",),
-        url=_SVHN_URL,
-        hashes=_SVHN_TRAIN | {"test_32x32.mat": "md5:eb5a983be6a315427106f1b164d9cef3"},
-    ),
-    "svhn_first_1083": Source(
-        read=partial(_read_svhn, first=1083),
-        classes=_DIGITS,
-        licence=f"{_SVHN_LICENCE}; only the first 1,083 training crops",
-        folders=("svhn-first-1083", "svhn"),
-        url=_SVHN_URL,
-        hashes=_SVHN_TRAIN,
-    ),
+READERS: dict[str, Callable[[Sequence[Path]], list[Part]]] = {
+    "digits": _read_digits,
+    "mnist": _read_mnist,
+    "cifar10": partial(_read_cifar, label_bytes=1),
+    "cifar100": partial(_read_cifar, label_bytes=2),  # the coarse label, then the fine
+    "svhn": _read_svhn,
+    "svhn_first_1083": partial(_read_svhn, first=1083),
 }
+
+
+def _sources() -> dict[str, Source]:
+    listed = tomllib.loads(Path(__file__).with_name("sources.toml").read_text("utf-8"))
+    sources = {}
+    for name, entry in listed.items():
+        read, classes = READERS[entry.pop("format")], entry.pop("classes")
+        names = range(classes) if isinstance(classes, int) else classes.split(", ")
+        sources[name] = Source(read, tuple(map(str, names)), **entry)
+    return sources
+
+
+SOURCES = _sources()

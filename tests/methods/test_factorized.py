@@ -307,8 +307,8 @@ LAYERS = {
     "CP linear": lambda: cpnb.CPLinear(7, 5, rank=3, **FLOAT64),
     "CP conv": lambda: cpnb.CPConv2d(4, 6, (3, 2), groups=2, rank=5, **FLOAT64),
     "CP unsigned": lambda: cpnb.CPConv2d(4, 6, 3, rank=5, signed=False, **FLOAT64),
-    "CP vector": lambda: cpnb.CPLinear(7, 1, rank=3, **FLOAT64),
-    "CP number": lambda: cpnb.CPLinear(1, 1, rank=3, **FLOAT64),
+    "CP vector": lambda: cpnb.CPLinear(7, 1, rank=2, **FLOAT64),
+    "CP number": lambda: cpnb.CPLinear(1, 1, rank=2, **FLOAT64),
     "CP conditioned": lambda: cpnb.normalize(
         cpnb.CPConv2d(4, 6, 3, rank=5, **FLOAT64), "conditioned"
     ),
@@ -413,7 +413,7 @@ def test_factor_norms_are_those_of_the_unfolded_kernel_and_the_bound_holds():
 def test_factor_norms_of_a_cp_layer_are_bound_by_its_component_weights():
     layer = shaken(lambda: cpnb.CPConv2d(4, 6, 3, rank=5, **FLOAT64))
     norms = factor_norms(nn.Sequential(layer)).loc["0"]
-    assert norms.bound == pytest.approx((layer.scale * layer.lam).abs().sum().item())
+    assert norms.bound == pytest.approx((layer.sigma * layer.lam).abs().sum().item())
     wide = torch.linalg.matrix_norm(layer.weight.detach().flatten(1), "nuc")
     assert norms.nuclear == pytest.approx(wide.item())
     assert norms.bound > norms.nuclear
@@ -434,6 +434,7 @@ def test_proximal_step_is_the_proximal_operator_of_the_penalty():
     with torch.no_grad():
         layer.lam.copy_(torch.linspace(-0.4, 0.5, 6))
         layer.scale.fill_(-1.5)
+        layer.unit.fill_(1)
     before = layer.lam.detach().clone()
     proximal_step(layer, mu=0.5, lr=0.2)
     grid = torch.linspace(-1, 1, 20001, **FLOAT64)
