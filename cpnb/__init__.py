@@ -17,10 +17,12 @@ Where the rest is:
 ``import cpnb`` loads torch and numpy only; what needs more loads it when first used.
 """
 
+import tomllib
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cpnb.convert import canonicalize, cp_layers, from_layer, to_dense
+from cpnb.convert import canonicalize, cp_layers, from_layer, step_gauge_, to_dense
 from cpnb.cp import cp_to_kernel, relative_error
 from cpnb.decompose import als, power_method
 from cpnb.layers import CPConv1d, CPConv2d, CPConv3d, CPLinear
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
         rank_sweep,
         truncation_report,
     )
-    from cpnb.methods import NestedRank, degeneracy, factorize, normalize, rescale_
+    from cpnb.methods import NestedRank, factorize, normalize, rescale_
     from cpnb.train import DigitsNet, LeNet, accuracy, compare, fit, load_data
 
 __version__ = "0.2.0"
@@ -43,40 +45,15 @@ __version__ = "0.2.0"
 __all__ = [
     "CPConv1d", "CPConv2d", "CPConv3d", "CPLinear", "DigitsNet", "LeNet", "NestedRank",
     "RankExplorer", "RankSweep", "accuracy", "allocate_ranks", "als", "canonicalize",
-    "compare", "cp_layers", "cp_to_kernel", "degeneracy", "explore", "factorize", "fit",
-    "from_layer", "load_data", "methods", "normalize", "power_method", "rank_sweep",
-    "relative_error", "rescale_", "to_dense", "train", "truncate", "truncation_report",
+    "compare", "cp_layers", "cp_to_kernel", "explore", "factorize", "fit", "from_layer",
+    "load_data", "methods", "normalize", "power_method", "rank_sweep", "relative_error",
+    "rescale_", "step_gauge_", "to_dense", "train", "truncate", "truncation_report",
 ]  # fmt: skip
 
 _LAZY = {
-    "methods": "NestedRank degeneracy factorize normalize rescale_",
+    "methods": "NestedRank factorize normalize rescale_",
     "train": "DigitsNet LeNet accuracy compare fit load_data",
     "explore": "RankExplorer RankSweep allocate_ranks rank_sweep truncation_report",
-}
-
-# What replaces names of version 0.1 that are gone; to be dropped with version 0.3.
-_REPLACED = {
-    "cpnb.methods.ranks_for(model, share), a mapping for rank=": "ParameterRatio",
-    'cpnb.allocate_ranks(sweep, budget, unit="flops")': "FlopRatio",
-    "cpnb.methods.fit_rank(error) for rank=": "EffectiveRank EnergyRank FitRank",
-    "cpnb.explore.explore, as in notebooks 01, 04 and 08": "CurveExplorer "
-    "DegeneracyExplorer ScaleExplorer",
-    "cpnb.decompose.CPResult": "DecompositionInfo",
-    "cpnb.degeneracy(...).to_row()": "DegeneracyReport degeneracy_report",
-    "the result of the function": "FactorNorms HessianEigenvalue LossSlice "
-    "RankAllocation RescalingReport Spectrum SpectrumReport TruncationReport",
-    "a loop, as in notebook 05": "KeyComparison TruncationStage compare_keys "
-    "truncate_gradually",
-    "cpnb.fit(net, data, epochs=5, lr=1e-3)": "fine_tune",
-    "any object with methods that cpnb.fit names": "Hook",
-    "the class in notebooks/networks.py of the repository": "AlexNet ResNet",
-    "model.state_dict(), as files of torch or safetensors": "load_weights save_model",
-    'cpnb.truncate(..., refit="data")': "data_aware data_aware_als input_covariance "
-    "output_gram",
-    "a few lines of torch, see CHANGELOG.md": "SignalReport StepReport VGG "
-    "circular_lipschitz cp_norm filter_directions gram_lipschitz signal_report "
-    "step_report",
-    "cpnb.normalize or cpnb.factorize": "Normalizer standardize tai tai_decompose",
 }
 
 
@@ -86,11 +63,8 @@ def __getattr__(name: str) -> Any:
     for tier, names in _LAZY.items():
         if name in names.split():
             return getattr(import_module(f"cpnb.{tier}"), name)
-    hints = [
-        f" In version 0.2 use {advice}."
-        for advice, names in _REPLACED.items()
-        if name in names.split()
-    ]
+    moved = tomllib.loads(Path(__file__).with_name("moved.toml").read_text("utf-8"))
+    hints = [f" Use {to}." for to, names in moved.items() if name in names.split()]
     core = ["cp", "decompose", "initializers", "layers", "truncation"]
     for module in [] if name.startswith("_") else [*core, *_LAZY]:
         if name in import_module(f"cpnb.{module}").__all__:

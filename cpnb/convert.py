@@ -192,7 +192,7 @@ def step_gauge_(model: nn.Module) -> nn.Module:
     """Store the CP layers of a model in the step gauge, in place; see `CPLayer.store`.
 
     The function stays the same. New layers are in this gauge already; it is meant for
-    checkpoints of version 0.2, and for networks whose λ have changed much in training.
+    checkpoints of version 0.1, and for networks whose λ have changed much in training.
     Build a new optimizer afterwards: momentum belongs to the old lengths.
 
     >>> layer = step_gauge_(CPLinear(20, 10))

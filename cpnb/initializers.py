@@ -63,15 +63,7 @@ def unified(
     return lam * signs, factors
 
 
-def gaussian(
-    shape: Sequence[int],
-    rank: int,
-    *,
-    generator: torch.Generator | None = None,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-    **_: Any,
-) -> CPForm:
+def gaussian(shape: Sequence[int], rank: int, **options: Any) -> CPForm:
     """Factor entries ~ N(0, 2/R), λ = 1: the paper's Gaussian start.
 
     Columns are normalised in the forward, which cancels the 2/R: the rebuilt kernel has
@@ -79,12 +71,23 @@ def gaussian(
 
     Args: see `unified`. Source: Veeramacheneni et al. 2022, arXiv:2206.01509.
     """
-    like = torch.empty(0, device=device, dtype=dtype)
-    draws = [draw("normal_", (n, rank), generator, like) for n in shape if n > 1]
-    return like.new_ones(rank), [d * math.sqrt(2 / rank) for d in draws]
+    lam, draws = _drawn("normal_", shape, rank, **options)
+    return lam, [d * math.sqrt(2 / rank) for d in draws]
 
 
-def uniform(
+def uniform(shape: Sequence[int], rank: int, **options: Any) -> CPForm:
+    """Factor entries ~ U(−√(6/R), √(6/R)), λ = 1: the paper's uniform start.
+
+    The rebuilt kernel's variance is that of `gaussian`, to within the column norms'
+    fluctuation. Args: see `unified`. Source: Veeramacheneni et al. 2022,
+    arXiv:2206.01509.
+    """
+    lam, draws = _drawn("uniform_", shape, rank, **options)
+    return lam, [(2 * d - 1) * math.sqrt(6 / rank) for d in draws]
+
+
+def _drawn(
+    kind: str,
     shape: Sequence[int],
     rank: int,
     *,
@@ -93,22 +96,16 @@ def uniform(
     dtype: torch.dtype | None = None,
     **_: Any,
 ) -> CPForm:
-    """Factor entries ~ U(−√(6/R), √(6/R)), λ = 1: the paper's uniform start.
-
-    The rebuilt kernel's variance is that of `gaussian`, to within the column norms'
-    fluctuation.
-
-    Args: see `unified`. Source: Veeramacheneni et al. 2022, arXiv:2206.01509.
-    """
     like = torch.empty(0, device=device, dtype=dtype)
-    draws = [draw("uniform_", (n, rank), generator, like) for n in shape if n > 1]
-    return like.new_ones(rank), [(2 * d - 1) * math.sqrt(6 / rank) for d in draws]
+    draws = [draw(kind, (n, rank), generator, like) for n in shape if n > 1]
+    return like.new_ones(rank), draws
 
 
 def power(shape: Sequence[int], rank: int, **options: Any) -> CPForm:
     """`power_method` on the dense weight, or on torch's default start for the shape.
 
-    The result is rescaled to the norm of that weight. Args: see `unified`. Source: Veeramacheneni et al. 2022, arXiv:2206.01509.
+    Rescaled to the norm of that weight. Args: see `unified`. Source: Veeramacheneni et
+    al. 2022, arXiv:2206.01509.
     """
     return _fitted(power_method, shape, rank, **options)
 
@@ -116,7 +113,8 @@ def power(shape: Sequence[int], rank: int, **options: Any) -> CPForm:
 def fitted_als(shape: Sequence[int], rank: int, **options: Any) -> CPForm:
     """`als` on the dense weight, or on torch's default start for the shape.
 
-    The result is rescaled to the norm of that weight. Args: see `unified`. Source: Kolda & Bader 2009, doi:10.1137/07070111X.
+    Rescaled to the norm of that weight. Args: see `unified`. Source: Kolda & Bader
+    2009, doi:10.1137/07070111X.
     """
     return _fitted(als, shape, rank, **options)
 

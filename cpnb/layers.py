@@ -44,7 +44,7 @@ FORWARD_MODES = ("auto", "dense", "chain")
 CHAIN_SHARE = 0.5
 # The step gauge, chosen by measurement (notebook 02): a column of the largest mode has
 # the length COLUMN · |σλ_r|, one of n entries √(largest/n) times that.
-COLUMN = 1.0
+COLUMN = 0.7
 SLOW = 4.0  # a step moves the kernel by way of λ or σ as much less, squared
 SHORTEST = 0.1  # as a share of the RMS of σλ: a shorter column would turn too fast
 
@@ -291,7 +291,7 @@ class CPLayer(FactoredLayer):
             held = [state_dict.get(f"{prefix}factors.{n}") for n in range(len(wanted))]
             if [None if f is None else tuple(f.shape) for f in held] == wanted:
                 self.resize(lam.numel())
-        if lam is not None:  # before version 0.3 σ had no unit
+        if lam is not None:  # in version 0.1 σ had no unit
             state_dict.setdefault(f"{prefix}unit", torch.ones_like(self.unit))
         super()._load_from_state_dict(state_dict, prefix, *args)
 

@@ -24,10 +24,9 @@ import pandas as pd
 import torch
 
 import cpnb
-from cpnb import degeneracy
 from cpnb.cp import canonical_gauge, component_gram, khatri_rao
 from cpnb.explore import explore, plots
-from cpnb.methods import bounded_als
+from cpnb.methods import bounded_als, degeneracy
 from cpnb.train import fast_mode
 
 plots.use_style()
@@ -1043,9 +1042,9 @@ for n in [1, 10, 100, 1000]:
 # %% [markdown]
 # ### The degeneracy meter
 #
-# The error goes to zero, but at what price? `cpnb.degeneracy` measures it from the
-# $R\times R$ Gram matrix of the components, without building the kernel, so that it can
-# also watch a training run:
+# The error goes to zero, but at what price? `cpnb.methods.degeneracy` measures it from
+# the $R\times R$ Gram matrix of the components, without building the kernel, so that it
+# can also watch a training run:
 
 
 # %%
@@ -1347,7 +1346,8 @@ explorer.controls["rank"].value = 84
 # - ALS fits all components together and, at larger ranks, needs fewer of them; but its
 #   components may cancel one another, and then they cannot be cut.
 # - At worst no best approximation exists, and $\lambda$ grows without bound. The meter
-#   (`cpnb.degeneracy`) shows it; a ridge or `bounded_als` keeps the weights bounded.
+#   (`cpnb.methods.degeneracy`) shows it; a ridge or `bounded_als` keeps the weights
+#   bounded.
 #
 # **Next:** `02_canonical_weight_normalization` makes $\lambda$ and the factors the
 # parameters of a layer, and trains them.

@@ -257,8 +257,8 @@ EXPERIMENTS = {
         measure=dict(name="truncation_curve", batch_size=64, lr=1e-3, epochs=1),
     ),
     "truncation-mnist-lenet-paper-cpu": Experiment(
-        "MNIST, LeNet as in the authors' logs (RMSprop at 1e-3, their ranks, all images) "
-        "but for 10 epochs, cut to 100…5 % of its components, without fine-tuning: "
+        "MNIST, LeNet as in the authors' logs (RMSprop at 1e-3, their ranks, all "
+        "images) but for 10 epochs, cut to 100…5 % of its components, no fine-tuning: "
         "their power start, the unified start, and nested training, 3 seeds",
         partial(first_images, "mnist"),
         [Recipe(name, "LeNet", "started", LENET | {"init": init}, hooks, PAPER)

@@ -3,6 +3,7 @@
 import copy
 import functools
 import math
+import warnings
 
 import pytest
 import torch
@@ -154,6 +155,33 @@ def test_canonicalize_keeps_cp_layers_and_takes_a_bare_layer():
     assert [layer.rank for layer in cp_layers(twice).values()] == [3, 2]
     assert isinstance(canonicalize(nn.Linear(4, 3)), CPLinear)
     assert isinstance(to_dense(CPLinear(4, 3)), nn.Linear)
+
+
+def test_conversion_tells_what_it_loses_and_keeps_the_norm():
+    net = nn.Sequential(nn.Conv2d(8, 16, 3), nn.Linear(30, 20))
+    with pytest.warns(UserWarning, match=r"keeps (\d+)% .* of '0'.*fit_rank") as told:
+        small = canonicalize(net, rank={"0": 4, "1": 20}, generator=seeded())
+    assert len(told) == 1
+    for new, old in zip(small, net, strict=True):
+        assert_close(new.weight.norm(), old.weight.norm())
+    kept = 1 - (small[0].weight - net[0].weight).square().sum() / sum(
+        layer.weight.square().sum() for layer in net
+    )
+    assert f"keeps {kept.item():.0%}" in str(told[0].message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        canonicalize(net, rank="same", generator=seeded())  # little is lost
+        canonicalize(net, rank=2, init="unified")  # nothing was to be kept
+
+
+def test_ranks_above_what_is_useful_are_refused_and_in_a_network_clipped():
+    with pytest.raises(ValueError, match="rank is 19 for a kernel .* at most 18"):
+        CPConv2d(1, 32, 3, rank=19)
+    assert CPConv2d(1, 32, 3, rank=11).rank == 11  # as in the paper's LeNet
+    net = nn.Sequential(nn.Linear(30, 20), nn.Linear(20, 2))
+    with pytest.warns(UserWarning, match=r"rank is 16, .* \{'1': 2\}"):
+        ranks = [layer.rank for layer in canonicalize(net, rank=16)]
+    assert ranks == [16, 2]
 
 
 def test_evaluation_mode_gives_every_module_its_flag_back_also_after_an_error():

@@ -12,9 +12,12 @@ from torch.autograd import gradcheck
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
+import cpnb
 from cpnb import CPConv1d, CPConv2d, CPConv3d, CPLinear, canonicalize, to_dense
-from cpnb.convert import cp_layers
+from cpnb.convert import cp_layers, step_gauge_
 from cpnb.cp import relative_error
+from cpnb.initializers import INITIALIZERS
+from cpnb.layers import COLUMN, SHORTEST, SLOW
 from cpnb.truncation import truncate
 
 KINDS = {1: (CPConv1d, (9,)), 2: (CPConv2d, (8, 9)), 3: (CPConv3d, (6, 5, 7))}
@@ -280,6 +283,68 @@ def test_conv_passes_gradcheck(mode, signed):
 
     inputs = [randn(1, 2, 3, 3).requires_grad_(), *layer.parameters()]
     assert gradcheck(output, inputs)
+
+
+# --- the step gauge -------------------------------------------------------------------
+
+
+def lengths(layer):
+    """Length of every stored column over |σλ| of its component, by mode."""
+    lam = layer.components()[0].abs()
+    return [(factor.norm(dim=0) / lam).detach() for factor in layer.factors]
+
+
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("init", sorted(INITIALIZERS))
+def test_every_start_and_a_truncation_are_in_the_step_gauge(init, signed):
+    layer = CPConv2d(4, 8, 3, rank=9, init=init, signed=signed, dtype=torch.float64)
+    for one in (layer, cpnb.truncate(layer, keep=0.6)):
+        slope = torch.autograd.grad(one.weight.square().sum().sqrt(), one.scale)[0]
+        assert slope.item() == pytest.approx(1 / SLOW, rel=1e-6)
+        assert one.sigma.item() == pytest.approx(1 / SLOW)
+        for size, found in zip((8, 4, 3, 3), lengths(one), strict=True):
+            wanted = torch.full_like(found, COLUMN * math.sqrt(8 / size))
+            assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_step_gauge_changes_the_stored_lengths_and_not_the_function(signed):
+    layer = CPConv2d(3, 6, 3, rank=5, signed=signed, dtype=torch.float64)
+    with torch.no_grad():
+        layer.lam.copy_(torch.tensor([2.0, -1.0, 0.0, 1e-6, 3.0]))
+        layer.scale.fill_(-7.0)
+        for factor in layer.factors:
+            factor.mul_(torch.logspace(-3, 3, 5))
+    kernel = layer.weight.detach().clone()
+    assert step_gauge_(layer) is layer
+    assert_close(layer.weight, kernel)
+    rms = layer.components()[0].square().mean().sqrt()
+    shortest = COLUMN * SHORTEST * rms  # λ of 0 or almost: the column does not vanish
+    assert_close(layer.factors[0].norm(dim=0)[2:4], shortest.expand(2))
+    with torch.no_grad():
+        for factor in layer.factors:  # as weight decay does
+            factor.mul_(0.5)
+    assert_close(layer.weight, kernel)
+
+
+def test_step_gauge_survives_half_precision_and_zero_kernels_and_refuses_computed():
+    half = CPConv2d(16, 16, 3, rank=8).half()
+    assert_close(step_gauge_(half).weight, half.weight, rtol=1e-2, atol=1e-3)
+    zero = CPLinear(4, 3, rank=2)
+    nn.init.zeros_(zero.lam)
+    assert not step_gauge_(zero).weight.any()
+    assert zero.scale.item() == SLOW
+    with pytest.raises(TypeError, match="remove_normalizer"):
+        step_gauge_(cpnb.normalize(CPLinear(4, 3, rank=2), "conditioned"))
+
+
+def test_checkpoint_without_a_unit_keeps_its_function():
+    old, new = CPLinear(6, 4, rank=3), CPLinear(6, 4, rank=3)
+    nn.init.ones_(old.unit)
+    state = old.state_dict()
+    del state["unit"]
+    new.load_state_dict(state)
+    assert torch.equal(new.weight, old.weight)
 
 
 @pytest.mark.parametrize("mode", MODES)

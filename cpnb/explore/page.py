@@ -7,6 +7,7 @@ import html
 import itertools
 import json
 import math
+import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,35 +20,16 @@ if TYPE_CHECKING:
     from cpnb.truncation import Key
 
 GLOBAL = "*"
-SCRIPT = Path(__file__).with_name("rank_explorer.js").read_text("utf-8")
-STYLE = Path(__file__).with_name("rank_explorer.css").read_text("utf-8")
+SCRIPT, STYLE, _TOML = (
+    Path(__file__).with_name(f"rank_explorer.{kind}").read_text("utf-8")
+    for kind in ("js", "css", "toml")
+)
 
 # Right answers and the relative error of all kernels together, by ranks.
 Points = dict[tuple[int, ...], tuple[int, float]]
 
 _REFITS = {False: "as it is", True: "refit on the kernel", "data": "refit on outputs"}
-_NOTES = {
-    "all": "Keep this share of the components in every layer.",
-    "share": "components kept in every layer (%)",
-    "layer": "Components that this layer keeps; the other layers stay as they are.",
-    "budget": "Spend this much of the dense parameters where it costs least accuracy.",
-    "key": "What decides which components stay.",
-    "refit": "Whether λ is solved anew for the components that stay.",
-    "code": "Show and copy the call that makes the network shown.",
-    "reset": "Back to the whole network.",
-    "Each layer": "A slider for each layer, with the accuracy when it is cut alone.",
-    "Accuracy against parameters": "What networks cost and achieve; the best of them.",
-    "What is cut": "Which components go first.",
-    "Pictures": "A kernel before and after the cut, and images whose answer changes.",
-}
-_LIVE = "The small curves are of the table: each layer cut alone, the others whole."
-_STILL = (
-    "This page knows each layer cut alone and all layers cut alike. Other combinations "
-    "were not measured: their accuracy is predicted by adding up what each layer loses "
-    "alone. ± is the largest miss of such sums among the measured combinations that "
-    "are predicted as high, or up to ten points lower; it is not a guarantee. Where it "
-    "exceeds ten points, nothing is predicted."
-)
+_WORDS = tomllib.loads(_TOML)
 
 
 def sweep_points(sweep: RankSweep) -> Points:
@@ -121,8 +103,8 @@ def explorer_table(
         "needs_data": [name for name, key in keys.items() if key.needs_data],
         "colours": {"point": ORANGE, "front": GREEN, **styles},
         "notes": {
-            **_NOTES,
-            "layers": _LIVE if live else _STILL,
+            **_WORDS["notes"],
+            "layers": _WORDS["live" if live else "still"],
             "cut": f"What stays in the table: {stays}.",
         },
     }

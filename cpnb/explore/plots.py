@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import tomllib
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -41,43 +42,8 @@ class MethodStyle(NamedTuple):
     marker: str
 
 
-METHOD_STYLES = {
-    # How a network is parametrised or normalised: one colour for each kin.
-    "dense": MethodStyle("dense", GREY, "D"),
-    "none": MethodStyle("none", GREY, "D"),
-    "batch": MethodStyle("batch norm", GREEN, "^"),
-    "weight": MethodStyle("weight norm", VERMILION, "s"),
-    "weight_data_init": MethodStyle("weight norm, data init", VERMILION, "d"),
-    "conditioned": MethodStyle("conditioned", ORANGE, "X"),
-    "scaling": MethodStyle("scaling (SBWN)", ORANGE, "v"),
-    "standardized": MethodStyle("standardized", SKY, "^"),
-    "spectral": MethodStyle("spectral norm", PURPLE, "X"),
-    "oni": MethodStyle("ONI", PURPLE, "p"),
-    "canonical": MethodStyle("canonical (CP)", BLUE, "o"),
-    # Where a canonical network starts.
-    "canonical-unified": MethodStyle("canonical, unified", BLUE, "o"),
-    "canonical-gaussian": MethodStyle("canonical, Gaussian", BLUE, "^"),
-    "canonical-uniform": MethodStyle("canonical, uniform", BLUE, "v"),
-    "canonical-power": MethodStyle("canonical, power", BLUE, "s"),
-    # How a layer is factorised.
-    "low-rank": MethodStyle("low-rank", VERMILION, "v"),
-    "SI": MethodStyle("spectral init", ORANGE, "<"),
-    "FD": MethodStyle("Frobenius decay", PURPLE, ">"),
-    "SI+FD": MethodStyle("spectral init + Frobenius decay", GREEN, "P"),
-    "CP": MethodStyle("CP", BLUE, "o"),
-    "CP+FD": MethodStyle("CP + Frobenius decay", SKY, "*"),
-    # How components are dropped.
-    "lam": MethodStyle("top |λ|", VERMILION, "v"),
-    "lam+refit": MethodStyle("top |λ| + refit", ORANGE, "^"),
-    "greedy": MethodStyle("greedy", SKY, "<"),
-    "greedy+refit": MethodStyle("greedy + refit", BLUE, ">"),
-    "fresh": MethodStyle("fresh fit", GREEN, "P"),
-    # What orders them, beside "lam" and "greedy".
-    "gradient": MethodStyle("gradient", GREEN, "^"),
-    "hessian": MethodStyle("Hessian", PURPLE, "X"),
-    "activation": MethodStyle("activation", ORANGE, "P"),
-    "random": MethodStyle("random", GREY, "D"),
-}
+_TABLE = tomllib.loads(Path(__file__).with_name("styles.toml").read_text("utf-8"))
+METHOD_STYLES = {name: MethodStyle(*row) for name, row in _TABLE.items()}
 """The one table of colours and markers, by method; the rank explorer reads it too."""
 
 # For names outside the table, in the order of their appearance.

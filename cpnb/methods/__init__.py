@@ -15,17 +15,12 @@ from cpnb.methods.factorized import (
 from cpnb.methods.normalizers import NORMALIZERS, normalize, remove_normalizer
 from cpnb.methods.ranks import NestedRank, fit_rank, ranks_for
 from cpnb.methods.scaling import Rescaling, rescale_
-from cpnb.methods.tensor_formats import (
-    FORMATS,
-    TensorFormat,
-    reproducing_transformation,
-    unified_variance,
-)
+from cpnb.methods.tensor_formats import FORMATS, TensorFormat, unified_variance
 
 __all__ = [
     "FORMATS", "NORMALIZERS", "Degeneracy", "FrobeniusDecay", "LowRankConv2d",
     "LowRankLinear", "NestedRank", "ProximalL1", "Rescaling", "TensorFormat",
     "bounded_als", "degeneracy", "factor_norms", "factorize", "first_and_last",
     "fit_rank", "frobenius_decay", "nonzero_ranks", "normalize", "ranks_for",
-    "remove_normalizer", "reproducing_transformation", "rescale_", "unified_variance",
+    "remove_normalizer", "rescale_", "unified_variance",
 ]  # fmt: skip

@@ -68,7 +68,7 @@ def unified_variance(
 
     ``σ² = (φ · Π e)^(−1/n)`` over the n vertices, where Π e runs over every contracted
     edge once: input channels, window and ranks. Fan-out is the fan-in of the backward
-    pass, see `reproducing_transformation`.
+    pass, which the paper's Reproducing Transformation makes a convolution, too.
 
     Args:
         format: A name in `FORMATS`: cp (four factors), cp3 (three, one for the whole
@@ -97,25 +97,9 @@ def unified_variance(
             f"per rank edge of {FORMATS[format].vertices}."
         )
     if mode == "fan_out":
-        shape = reproducing_transformation(shape, groups=groups)
+        # The Reproducing Transformation: the backward pass is a convolution in which
+        # outputs and inputs, within each group, change places.
+        shape = (shape[1] * groups, shape[0] // groups, *shape[2:])
     contracted = math.prod(shape[1:]) * math.prod(ranks)
     n = len(FORMATS[format].vertices)
     return (PHI[nonlinearity] * contracted) ** (-1 / n)
-
-
-def reproducing_transformation(
-    shape: Sequence[int], *, groups: int = 1
-) -> tuple[int, ...]:
-    """Kernel shape of the convolution that the backward pass is equivalent to.
-
-    Output and input channels change places (within each group), the window is flipped.
-
-    Args:
-        shape: ``(out, in / groups, *kernel_size)``.
-        groups: Groups of the convolution.
-
-    >>> reproducing_transformation((64, 16, 3, 3), groups=2)
-    (32, 32, 3, 3)
-    """
-    out, channels, *window = shape
-    return (channels * groups, out // groups, *window)

@@ -279,7 +279,7 @@ def _download(source: Source, files: Sequence[str], advice: str) -> Path:
             raise FileNotFoundError(
                 f"{source.url}{file} cannot be downloaded ({type(error).__name__}: "
                 f"{error}). Run again when it can, or use files you have. {advice}"
-            ) from error
+            ) from None
     return place
 
 

@@ -64,7 +64,7 @@ def fit(
         lr: Learning rate.
         momentum: Momentum of ``"sgd"``; the other optimizers have none.
         weight_decay: Decay of kernels and directions, see `param_groups`.
-        schedule: ``"cosine"``, ``"step"``, ``"one-cycle"``, None: see `make_schedule`.
+        schedule: ``"cosine"``, ``"step"``, None: see `make_schedule`.
         seed: Seed of the image order, of the augmentation and of dropout.
         augment: Random changes of the images, such as ``Augment(crop=4, flip=True)``.
         hooks: Objects with any of the methods ``start(model, optimizer)``,

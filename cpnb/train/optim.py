@@ -96,12 +96,6 @@ SCHEDULES: dict[str | None, Callable[[Optimizer, int], LRScheduler]] = {
     "step": lambda optimizer, steps: lr_scheduler.MultiStepLR(
         optimizer, [ceil(steps / 2), ceil(3 * steps / 4)]
     ),
-    "one-cycle": lambda optimizer, steps: lr_scheduler.OneCycleLR(
-        optimizer,
-        [group["lr"] for group in optimizer.param_groups],
-        total_steps=steps,
-        cycle_momentum=False,
-    ),
 }
 
 
@@ -109,8 +103,7 @@ def make_schedule(name: str | None, optimizer: Optimizer, steps: int) -> LRSched
     """Make a schedule that is stepped after each of ``steps`` optimizer steps.
 
     ``"cosine"`` anneals the rate to 0; ``"step"`` divides it by ten after a half and
-    again after three quarters of the steps; ``"one-cycle"`` lets it rise to the given
-    rate over the first 30 % and fall to nearly 0; None keeps it.
+    again after three quarters of the steps; None keeps it.
     """
     if name not in SCHEDULES:
         raise ValueError(

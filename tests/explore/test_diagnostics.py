@@ -12,7 +12,14 @@ from torch.nn.utils import parametrizations
 from torch.testing import assert_close
 
 import cpnb
-from cpnb.explore import loss_slice, spectrum, spectrum_report, top_hessian_eigenvalue
+from cpnb import layers as cp_layers_module
+from cpnb.explore import (
+    loss_slice,
+    spectrum,
+    spectrum_report,
+    step_spectrum,
+    top_hessian_eigenvalue,
+)
 from cpnb.methods import LowRankConv2d
 
 
@@ -53,7 +60,7 @@ KERNELS = {
     "low-rank conv2d": LowRankConv2d(3, 4, 3, rank=5),
     "cp linear": cpnb.CPLinear(5, 7, rank=9),
     "cp conv2d": cpnb.CPConv2d(3, 4, 3, rank=20),
-    "cp of one number": cpnb.CPConv2d(1, 1, 1, rank=3),
+    "cp of one number": cpnb.CPConv2d(1, 1, 1, rank=2),
 }
 
 
@@ -112,6 +119,62 @@ def test_report_has_a_row_for_each_layer_with_a_kernel():
     assert report.loc["1", "condition_number"] == math.inf
     assert report.loc["3", "stable_rank"] == spectrum(cp).stable_rank
     assert list(spectrum_report(pair).index) == ["Pair"]
+
+
+# --- steps ----------------------------------------------------------------------------
+
+CP = {
+    "1d": lambda **o: cpnb.CPConv1d(12, 24, 5, **o),
+    "2d": lambda **o: cpnb.CPConv2d(32, 64, 3, **o),
+    "3d": lambda **o: cpnb.CPConv3d(6, 12, 3, **o),
+    "pointwise": lambda **o: cpnb.CPConv2d(24, 48, 1, **o),
+    "depthwise": lambda **o: cpnb.CPConv2d(32, 32, 3, groups=32, **o),
+    "grouped": lambda **o: cpnb.CPConv2d(32, 32, 3, groups=4, **o),
+    "linear": lambda **o: cpnb.CPLinear(200, 60, **o),
+    "grey": lambda **o: cpnb.CPConv2d(1, 32, 3, **o),
+    "colour": lambda **o: cpnb.CPConv2d(3, 32, 3, **o),
+}
+
+
+def test_a_step_of_a_dense_and_of_a_weight_normalised_layer_is_that_of_the_kernel():
+    for layer in (nn.Conv2d(3, 5, 3), parametrizations.weight_norm(nn.Linear(9, 4))):
+        before = [p.clone() for p in layer.parameters()]
+        assert step_spectrum(layer, generator=seeded()) == pytest.approx((1, 1))
+        assert all(map(torch.equal, before, layer.parameters()))
+
+
+@pytest.mark.parametrize("low", [nn.Linear(5, 4), LowRankConv2d(3, 4, 3, rank=2)])
+def test_step_spectrum_is_that_of_the_matrix_written_out(low):
+    for layer in (low, cpnb.CPConv2d(3, 4, 3, rank=7)):
+        layer = layer.double()
+        trained = [p for name, p in layer.named_parameters() if name != "bias"]
+        rows = [
+            torch.cat([g.flatten() for g in torch.autograd.grad(entry, trained)])
+            for entry in layer.weight.flatten()
+        ]
+        values = torch.linalg.svdvals(torch.stack(rows)).square()
+        found = step_spectrum(layer, generator=seeded())
+        assert found.largest == pytest.approx(values.max().item(), rel=0.01)
+        assert found.mean == pytest.approx(values.mean().item(), rel=0.25)
+
+
+@pytest.mark.parametrize("share", [0.3, "same"])
+@pytest.mark.parametrize("name", CP)
+def test_mean_step_of_a_start_is_that_of_its_formula(name, share):
+    """Each column moves the kernel in n - 1 directions, each λ and σ in one."""
+    layer = CP[name](rank=share, generator=seeded())
+    sizes = [len(factor) for factor in layer.factors]
+    columns = sum((n - 1) * n / max(sizes) for n in sizes) / cp_layers_module.COLUMN**2
+    each = columns + cp_layers_module.SLOW**-2
+    mean = (layer.rank * each + cp_layers_module.SLOW**-2) / math.prod(sizes)
+    found = [step_spectrum(layer, generator=seeded(s)).mean for s in range(4)]
+    assert sum(found) / 4 == pytest.approx(mean, rel=0.05)
+
+
+@pytest.mark.parametrize("name", CP)
+def test_largest_step_is_bounded_at_twice_the_length(name, monkeypatch):
+    monkeypatch.setattr(cp_layers_module, "COLUMN", 2.0)
+    assert step_spectrum(CP[name](generator=seeded())).largest <= 2.5
 
 
 # --- curvature ------------------------------------------------------------------------

@@ -447,7 +447,7 @@ def test_proximal_penalty_makes_zeros_that_truncation_removes_without_a_trace():
     net = cpnb.DigitsNet(generator=generator)
     net = cpnb.canonicalize(net, init="unified", generator=generator)
     data = cpnb.load_data("digits")
-    cpnb.fit(net, data, epochs=8, lr=0.01, hooks=[ProximalL1(1.0)], progress=False)
+    cpnb.fit(net, data, epochs=8, lr=0.01, hooks=[ProximalL1(10.0)], progress=False)
     ranks, whole = nonzero_ranks(net), cpnb.cp_layers(net)["conv2"].rank
     assert 1 < ranks["conv2"] < whole / 2
     small = cpnb.truncate(net, rank=ranks).double().eval()

@@ -7,11 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from cpnb.methods.tensor_formats import (
-    FORMATS,
-    reproducing_transformation,
-    unified_variance,
-)
+from cpnb.methods.tensor_formats import FORMATS, unified_variance
 
 SHAPE = (8, 6, 3, 3)
 SIZES = {"O": 8, "I": 6, "H": 3, "W": 3, "K": 9}
@@ -96,7 +92,6 @@ def test_reproducing_transformation_gives_the_backward_pass(
     weight = FORMATS[name].rebuild(weights).reshape(SHAPE)
     flipped = FORMATS[name].rebuild(reproduced(name, weights)).reshape(SHAPE)
     kernel = flipped.transpose(0, 1)
-    assert tuple(kernel.shape) == reproducing_transformation(SHAPE)
     geometry = {"stride": stride, "padding": padding, "dilation": dilation}
     for size in ((9, 11), (10, 8)):
         images = torch.randn(2, 6, *size, generator=generator, dtype=torch.float64)

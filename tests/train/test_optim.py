@@ -64,13 +64,6 @@ def annealed(start, end, share):
     return end + (start - end) * (1 + math.cos(math.pi * share)) / 2
 
 
-def one_cycle(step, steps):
-    top = 0.3 * steps - 1
-    if step <= top:
-        return annealed(1 / 25, 1, step / top)
-    return annealed(1, 1 / 25e4, (step - top) / (steps - 1 - top))
-
-
 def rates(name, schedule, steps):
     """Learning rate of every step."""
     optimizer = make_optimizer(name, nn.Linear(3, 2), **SETTINGS)
@@ -89,9 +82,8 @@ def rates(name, schedule, steps):
         (None, [1] * 20),
         ("cosine", [annealed(1, 0, step / 20) for step in range(20)]),
         ("step", [1] * 10 + [0.1] * 5 + [0.01] * 5),
-        ("one-cycle", [one_cycle(step, 20) for step in range(20)]),
     ],
-    ids=["constant", "cosine", "step", "one-cycle"],
+    ids=["constant", "cosine", "step"],
 )
 def test_schedule_gives_the_rates_of_its_formula(schedule, expected, name):
     assert rates(name, schedule, 20) == pytest.approx([0.02 * r for r in expected])
