@@ -169,20 +169,19 @@ def canonicalize(
 
 def _tell_loss(layers: Mapping[str, Any], fitted: Mapping[str, CPLayer]) -> None:
     """Warn if fits of kernels lost more than a tenth of their squared norm."""
-    shares, total, lost = {}, 0.0, 0.0
+    kept, total = {}, {}
     for name, layer in layers.items():
-        if fitted[name].init in FITS:
-            weight = layer.weight.detach().double()
-            missing = (weight - fitted[name].weight.detach()).square().sum().item()
-            total += weight.square().sum().item()
-            lost += missing
-            shares[name] = missing / (weight.square().sum().item() or 1)
-    if lost > LOSS * total:
-        worst = max(shares, key=shares.__getitem__)
+        old, new = (one.weight.detach().flatten() for one in (layer, fitted[name]))
+        if fitted[name].init in FITS and old.any():
+            total[name] = old.square().sum().item()
+            kept[name] = (old @ new).square().item() / new.square().sum().item()
+    share = sum(kept.values()) / (sum(total.values()) or 1)
+    if kept and share < 1 - LOSS:
+        worst = min(kept, key=lambda name: kept[name] / total[name])
         warnings.warn(
-            f"the CP form keeps {1 - lost / total:.0%} of the squared norm of the "
-            f"kernels, and {1 - shares[worst]:.0%} of that of "
-            f"{worst or 'the layer'!r}. For a network that is trained already, "
+            f"the CP form keeps {share:.0%} of the squared norm of the kernels, and "
+            f"{kept[worst] / total[worst]:.0%} of that of {worst or 'the layer'!r}. "
+            "For a network that is trained already, "
             "rank=cpnb.methods.fit_rank(0.1) keeps 99%.",
             stacklevel=3,
         )
@@ -196,7 +195,7 @@ def step_gauge_(model: nn.Module) -> nn.Module:
     Build a new optimizer afterwards: momentum belongs to the old lengths.
 
     >>> layer = step_gauge_(CPLinear(20, 10))
-    >>> torch.allclose(layer.factors[1].norm(dim=0), layer.components()[0].abs())
+    >>> bool(layer.unit * layer.scale == 0.25)
     True
     """
     for name, layer in cp_layers(model).items():

@@ -703,15 +703,15 @@ plt.show()
 # ## 7. Decay that is meant to lower the rank
 #
 # Decay on factors lowers the rank by the way. For a CP layer the same can be done on
-# purpose, on $\lambda$: `ProximalL1` subtracts $\eta\mu|\sigma|$ from every
-# $|\lambda_r|$ after each step and stops at zero. What arrives there can be removed
+# purpose, on $\lambda$: `ProximalL1` subtracts $\eta\mu$ from every
+# $|\sigma\lambda_r|$ after each step and stops at zero. What arrives there can be removed
 # without any change of the output.
 
 # %%
 generator = torch.Generator().manual_seed(0)
 net = cpnb.DigitsNet(generator=generator)
 net = cpnb.canonicalize(net, init="unified", generator=generator)
-hook = ProximalL1(1.0)
+hook = ProximalL1(0.75)
 epochs = 8 if FAST else 12
 run = cpnb.fit(net, data, epochs=epochs, lr=0.01, hooks=[hook], progress=False)
 small = cpnb.truncate(net, rank=nonzero_ranks(net))

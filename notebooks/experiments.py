@@ -258,8 +258,8 @@ EXPERIMENTS = {
     ),
     "truncation-mnist-lenet-paper-cpu": Experiment(
         "MNIST, LeNet as in the authors' logs (RMSprop at 1e-3, their ranks, all "
-        "images) but for 10 epochs, cut to 100…5 % of its components, no fine-tuning: "
-        "their power start, the unified start, and nested training, 3 seeds",
+        "images), for a CPU 10 epochs, cut to 100…5 % of its components without "
+        "fine-tuning: their power start, the unified one, nested training, 3 seeds",
         partial(first_images, "mnist"),
         [Recipe(name, "LeNet", "started", LENET | {"init": init}, hooks, PAPER)
          for name, init, hooks in (("power", "power", []), ("unified", "unified", []),

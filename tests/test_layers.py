@@ -285,9 +285,6 @@ def test_conv_passes_gradcheck(mode, signed):
     assert gradcheck(output, inputs)
 
 
-# --- the step gauge -------------------------------------------------------------------
-
-
 def lengths(layer):
     """Length of every stored column over |σλ| of its component, by mode."""
     lam = layer.components()[0].abs()
@@ -327,9 +324,7 @@ def test_step_gauge_changes_the_stored_lengths_and_not_the_function(signed):
     assert_close(layer.weight, kernel)
 
 
-def test_step_gauge_survives_half_precision_and_zero_kernels_and_refuses_computed():
-    half = CPConv2d(16, 16, 3, rank=8).half()
-    assert_close(step_gauge_(half).weight, half.weight, rtol=1e-2, atol=1e-3)
+def test_step_gauge_takes_zero_kernels_and_refuses_computed_columns():
     zero = CPLinear(4, 3, rank=2)
     nn.init.zeros_(zero.lam)
     assert not step_gauge_(zero).weight.any()

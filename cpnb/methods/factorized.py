@@ -427,8 +427,8 @@ def _norms(layer: Any, lr: float) -> tuple[float, ...]:
 class ProximalL1:
     """Training hook: the penalty ``μ Σ_r |σ λ_r|`` on CP layers, as a proximal step.
 
-    After each optimizer step λ is moved towards zero by ``lr · μ · |σ|`` and stays
-    there when it arrives (soft thresholding). The zeros are exact:
+    After each optimizer step |σλ| falls by ``lr · μ``, whatever the units of σ and λ,
+    and stays at zero when it arrives (soft thresholding). The zeros are exact:
     ``truncate(model, rank=nonzero_ranks(model))`` does not change the output.
 
     Source: Parikh & Boyd 2014, Proximal Algorithms, doi:10.1561/2400000003.
@@ -442,7 +442,7 @@ class ProximalL1:
         rates = {p: g["lr"] for g in optimizer.param_groups for p in g["params"]}
         for layer in cp_layers(model).values():
             if layer.lam in rates:
-                threshold = rates[layer.lam] * self.mu * layer.sigma.abs()
+                threshold = rates[layer.lam] * self.mu / layer.sigma.abs()
                 shrunk = (layer.lam.abs() - threshold).clamp_min(0)
                 layer.lam.copy_(shrunk * layer.lam.sign())
 

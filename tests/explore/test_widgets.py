@@ -3,7 +3,6 @@
 import base64
 import subprocess
 import sys
-import threading
 
 import ipywidgets
 import pytest
@@ -61,21 +60,6 @@ def test_explore_says_what_went_wrong_and_recovers():
     assert box.image.value == picture
     box.controls["n"].value = 2
     assert 'role="status"' in box.status.value
-
-
-def test_explore_leaves_the_newest_values_on_screen_when_moved_from_threads():
-    box = explore(lambda figure, n: str(n), n=range(40))
-
-    def move(numbers):
-        for number in numbers:
-            box.controls["n"].value = number
-
-    threads = [threading.Thread(target=move, args=(range(k, 40, 4),)) for k in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert box.words == str(box.controls["n"].value)
 
 
 def test_explore_shows_picture_and_words_on_pages_without_a_kernel():

@@ -429,7 +429,7 @@ def proximal_step(layer, mu, lr):
 
 
 def test_proximal_step_is_the_proximal_operator_of_the_penalty():
-    """The new λ minimises |x − λ|²/2 + lr·μ·|σ|·|x|, found here on a fine grid."""
+    """The new λ minimises |x − λ|²/2 + lr·μ/|σ|·|x|, found here on a fine grid."""
     layer = cpnb.CPLinear(4, 4, rank=6, **FLOAT64)
     with torch.no_grad():
         layer.lam.copy_(torch.linspace(-0.4, 0.5, 6))
@@ -438,7 +438,7 @@ def test_proximal_step_is_the_proximal_operator_of_the_penalty():
     before = layer.lam.detach().clone()
     proximal_step(layer, mu=0.5, lr=0.2)
     grid = torch.linspace(-1, 1, 20001, **FLOAT64)
-    cost = (grid - before[:, None]).square() / 2 + 0.2 * 0.5 * 1.5 * grid.abs()
+    cost = (grid - before[:, None]).square() / 2 + 0.2 * 0.5 / 1.5 * grid.abs()
     assert_close(layer.lam.detach(), grid[cost.argmin(1)], rtol=0, atol=1e-4)
 
 
@@ -447,13 +447,13 @@ def test_proximal_penalty_makes_zeros_that_truncation_removes_without_a_trace():
     net = cpnb.DigitsNet(generator=generator)
     net = cpnb.canonicalize(net, init="unified", generator=generator)
     data = cpnb.load_data("digits")
-    cpnb.fit(net, data, epochs=8, lr=0.01, hooks=[ProximalL1(10.0)], progress=False)
+    cpnb.fit(net, data, epochs=8, lr=0.01, hooks=[ProximalL1(0.75)], progress=False)
     ranks, whole = nonzero_ranks(net), cpnb.cp_layers(net)["conv2"].rank
     assert 1 < ranks["conv2"] < whole / 2
-    small = cpnb.truncate(net, rank=ranks).double().eval()
+    small = cpnb.truncate(net.double().eval(), rank=ranks)
     assert small.conv2.rank == ranks["conv2"]
     images = torch.rand(50, 1, 8, 8, **FLOAT64)
-    assert_close(small(images), net.double().eval()(images), rtol=1e-12, atol=1e-12)
+    assert_close(small(images), net(images), rtol=1e-12, atol=1e-12)
 
 
 def test_conv_weight_is_the_kernel_of_loops():

@@ -81,13 +81,6 @@ def test_load_data_train_size_keeps_the_first_training_images(digits):
     assert part.train.mean == part.test.mean != digits.train.mean
 
 
-def test_dataset_to_moves_a_copy_and_repr_names_sizes(digits):
-    moved = digits.to("meta")
-    devices = [data.test.images.device.type for data in (moved, digits)]
-    assert devices == ["meta", "cpu"]
-    assert repr(moved.test) == "Split(359 images 1×8×8)"
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
 def test_standardize_shifts_and_scales_each_channel_and_rounds_once(dtype):
     images = torch.randint(256, (5, 2, 3, 4), dtype=torch.uint8)

@@ -85,23 +85,6 @@ def test_fit_equals_a_plain_torch_loop():
     torch.testing.assert_close(weights(model), weights(reference))
 
 
-BEFORE = {  # training loss, validation accuracy after two epochs of version 0.1
-    "adam": ({"lr": 0.003}, 0.652364, 0.8914),
-    "sgd": (SGD | {"schedule": "step", "weight_decay": 1e-3}, 0.554761, 0.8858),
-    "crop": (SGD | {"schedule": "one-cycle", "augment": Augment(1)}, 2.155274, 0.5404),
-}
-
-
-@pytest.mark.parametrize("case", BEFORE)
-def test_fit_gives_the_numbers_of_version_0_1_without_dropout(digits, case):
-    settings, loss, share = BEFORE[case]
-    model = DigitsNet(generator=seeded(3))
-    run = fit(model, digits, epochs=2, batch_size=64, seed=5, **settings, **QUIET)
-    # Another processor adds up in another order, which may turn one image or two.
-    assert run.history[-1]["train_loss"] == pytest.approx(loss, rel=1e-3)
-    assert run.history[-1]["validation_accuracy"] == pytest.approx(share, abs=0.006)
-
-
 def test_fit_default_recipe_trains_a_cp_network_on_real_digits(digits):
     model = canonicalize(DigitsNet(generator=seeded(0)), generator=seeded(0))
     assert accuracy(model, digits) < 0.3
