@@ -62,6 +62,7 @@ print(by_hand)
 # %%
 layer = cpnb.CPLinear(2, 2, rank=2, bias=False)
 with torch.no_grad():
+    layer.unit.fill_(1.0)  # σ is stored as scale · unit
     layer.scale.fill_(1.0)
     layer.lam.copy_(torch.tensor([10.0, 5.0]))
     layer.factors[0].copy_(torch.tensor([[3.0, 0.0], [4.0, 2.0]]))  # a_1, a_2
@@ -79,7 +80,7 @@ print("the layer's kernel is the one computed by hand")
 # %%
 conv = cpnb.CPConv2d(16, 32, 3, rank=5, generator=torch.Generator().manual_seed(SEED))
 A, B, C, D = (factor / factor.norm(dim=0) for factor in conv.factors)
-W = conv.scale * torch.einsum("r,or,ir,hr,wr->oihw", conv.lam, A, B, C, D)
+W = conv.sigma * torch.einsum("r,or,ir,hr,wr->oihw", conv.lam, A, B, C, D)
 torch.testing.assert_close(conv.weight, W)
 
 images = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(SEED))
@@ -121,13 +122,13 @@ plt.show()
 #
 # `DigitsNet` is a small network of ordinary torch layers. `canonicalize` returns a copy
 # in which every convolution and linear layer is in CP form, here at break-even rank:
-# the same number of parameters as before, give or take rounding. The start `"gaussian"`
-# is one of the paper's.
+# the same number of parameters as before, give or take rounding. By default it fits the
+# kernels that are there, with the greedy power method; `init` names other starts.
 
 # %%
 generator = torch.Generator().manual_seed(SEED)
 plain = cpnb.DigitsNet(generator=generator)
-net = cpnb.canonicalize(plain, rank="same", init="gaussian", generator=generator)
+net = cpnb.canonicalize(plain, generator=generator)
 print(net)
 for name, model in (("plain", plain), ("CP", net)):
     print(f"{name:>5}: {sum(p.numel() for p in model.parameters()):,} parameters")
@@ -176,8 +177,7 @@ plt.show()
 
 # %% [markdown]
 # **What to see:** every window is a column pattern times a row pattern, so its rows are
-# multiples of one another. The λ are all of similar size, and that holds for every
-# layer:
+# multiples of one another. The λ do not fall off fast, and that holds for every layer:
 
 # %%
 for name, cp in cpnb.cp_layers(net).items():
@@ -186,8 +186,7 @@ for name, cp in cpnb.cp_layers(net).items():
     print(f"{name}: {cp.rank:2} components, largest |λ| is {ratio:.1f} × the smallest")
 
 # %% [markdown]
-# Training did not sort the components into important and unimportant ones. That will
-# matter in a moment.
+# No layer has components of no importance. That will matter in a moment.
 #
 # ## 4. Cut
 #
@@ -225,7 +224,24 @@ cpnb.truncation_report(net, half, data).round(3)
 # The table counts against the *dense* network, which is the only fair reference.
 # `relative_error` is that of the kernel, $\lVert W-\hat W\rVert/\lVert W\rVert$: 0 is a
 # perfect copy, 1 is as far off as a kernel of zeros. Without further training, this cut
-# is far too much: most digits are lost.
+# is far too much. Still, it is better than chance, and that is the doing of the *start*:
+# the power method finds the largest component first, and training keeps some of that
+# order. A start that gives all components the same weight has no order to keep:
+
+# %%
+equal = cpnb.canonicalize(plain, init="unified", generator=generator)
+cpnb.fit(equal, data, epochs=20, lr=0.01, seed=SEED, progress=False)
+cut = {"power method": half, "equal weights": cpnb.truncate(equal, keep=0.5)}
+whole = {"power method": net, "equal weights": equal}
+for name, model in cut.items():
+    print(
+        f"start by {name}: {cpnb.accuracy(whole[name], data):.1%} whole, "
+        f"{cpnb.accuracy(model, data):.1%} at half"
+    )
+
+# %% [markdown]
+# How the order of components, the start and the training decide what a cut costs is the
+# subject of `05_truncation`.
 #
 # ## 5. Accuracy against rank
 #

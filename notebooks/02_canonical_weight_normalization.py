@@ -11,7 +11,9 @@
 # 1. write the layer's forward and its gradients in closed form, and check both;
 # 2. say why the stored columns only grow under plain SGD, and what that does to the
 #    step;
-# 3. compare it with weight normalization and with plain training fairly: learning rate
+# 3. say how far a step of SGD moves a kernel in each storage, and why the lengths of
+#    the columns decide at which rates training is stable;
+# 4. compare it with weight normalization and with plain training fairly: learning rate
 #    tuned for each method, several seeds, test data touched once.
 #
 # **You need** `01_cp_decomposition`, and the chain rule.
@@ -31,7 +33,8 @@ from tqdm import trange
 
 import cpnb
 from cpnb.cp import component_gram, normalize_columns
-from cpnb.explore import plots
+from cpnb.explore import explore, plots, step_spectrum
+from cpnb.layers import COLUMN
 from cpnb.train import fast_mode
 from cpnb.truncation import select_components
 
@@ -72,6 +75,7 @@ def check(name, got, expected):
 # %%
 tiny = cpnb.CPLinear(2, 2, bias=False, rank=2)
 with torch.no_grad():
+    tiny.unit.fill_(1.0)  # σ is stored in a unit; here that is one
     tiny.scale.fill_(2.0)
     tiny.lam.copy_(torch.tensor([5.0, -1.0]))
     tiny.factors[0].copy_(torch.tensor([[3.0, 0.0], [4.0, 7.0]]))  # columns a_1, a_2
@@ -92,7 +96,7 @@ layer = cpnb.CPConv2d(3, 4, 3, rank=5, dtype=torch.float64, generator=generator)
 images = torch.randn(8, 3, 6, 6, dtype=torch.float64, generator=generator)
 
 units, norms = normalize_columns(list(layer.factors))
-kernel = cpnb.cp_to_kernel(layer.scale * layer.lam, units)
+kernel = cpnb.cp_to_kernel(layer.sigma * layer.lam, units)
 output = F.conv2d(images, kernel, layer.bias)
 
 torch.testing.assert_close(kernel, layer.weight)
@@ -115,42 +119,42 @@ with torch.no_grad():
 print("change of the kernel:", (longer.weight - layer.weight).abs().max().item())
 
 gamma = component_gram(units)
-square = layer.scale**2 * layer.lam @ gamma @ layer.lam
+square = layer.sigma**2 * layer.lam @ gamma @ layer.lam
 torch.testing.assert_close(square, layer.weight.square().sum())
 print(f"‖W‖² = {square.item():.6f}, from a {tuple(gamma.shape)} matrix")
 
 # %% [markdown]
 # ### Exercise 1: the forward from scratch
 #
-# Write `my_weight(scale, lam, factors)` for a *linear* layer, with torch operations
+# Write `my_weight(sigma, lam, factors)` for a *linear* layer, with torch operations
 # only.
 #
 # ```text
-# for o, i:   W[o,i] = scale · Σ_r  lam[r] · A[o,r]/‖A[:,r]‖ · B[i,r]/‖B[:,r]‖
+# for o, i:   W[o,i] = sigma · Σ_r  lam[r] · A[o,r]/‖A[:,r]‖ · B[i,r]/‖B[:,r]‖
 # ```
 
 
 # %%
-def my_weight(scale, lam, factors):
+def my_weight(sigma, lam, factors):
     """Weight of a linear layer from its CP parameters."""
     # your code here: factors holds A and B
     return None
 
 
 # %%
-check("exercise 1", my_weight(tiny.scale, tiny.lam, tiny.factors), tiny.weight)
+check("exercise 1", my_weight(tiny.sigma, tiny.lam, tiny.factors), tiny.weight)
 
 
 # %% tags=["solution"]
-def my_weight_solution(scale, lam, factors):
+def my_weight_solution(sigma, lam, factors):
     """Weight of a linear layer from its CP parameters."""
     A, B = (factor / factor.norm(dim=0) for factor in factors)
-    return scale * (A * lam) @ B.T
+    return sigma * (A * lam) @ B.T
 
 
 check(
     "exercise 1, solution",
-    my_weight_solution(tiny.scale, tiny.lam, tiny.factors),
+    my_weight_solution(tiny.sigma, tiny.lam, tiny.factors),
     tiny.weight,
 )
 
@@ -179,12 +183,12 @@ G = W.grad
 with torch.no_grad():
     A, B, C, D = units
     inner = torch.einsum("oihw,ir,hr,wr->or", G, B, C, D)  # column r is g_r
-    by_scale = (G * W).sum() / layer.scale
-    by_lam = layer.scale * (inner * A).sum(0)
+    by_sigma = (G * W).sum() / layer.sigma
+    by_lam = layer.sigma * (inner * A).sum(0)
     projected = inner - A * (A * inner).sum(0)
-    by_a = layer.scale * layer.lam / norms[0] * projected
+    by_a = layer.sigma * layer.lam / norms[0] * projected
 
-torch.testing.assert_close(by_scale, layer.scale.grad)
+torch.testing.assert_close(by_sigma * layer.unit, layer.scale.grad)
 torch.testing.assert_close(by_lam, layer.lam.grad)
 torch.testing.assert_close(by_a, layer.factors[0].grad)
 print("the closed formulas equal autograd for σ, λ and A, in float64")
@@ -253,9 +257,9 @@ plt.show()
 #
 # ## 4. Columns grow during training
 #
-# Now a real network, plain SGD without momentum and without weight decay. It starts
-# from unit columns (found by the power method), and we watch the lengths of the nine
-# input columns of the last layer, at three learning rates and for twelve epochs.
+# Now a real network, plain SGD without momentum and without weight decay. We watch the
+# lengths of the nine input columns of the last layer, as multiples of what they were at
+# the start, at three learning rates and for twelve epochs.
 #
 # **Predict:** will any column shrink? And if each step adds $\eta^2\|g\|^2$ to the
 # squared length, how much more growth will a ten times larger learning rate bring?
@@ -270,10 +274,10 @@ PLAIN_SGD = {
 
 
 def column_lengths(lr, weight_decay=0.0):
-    """Lengths of fc2's input columns after 0, 1, … epochs, and the last accuracy."""
+    """Growth of fc2's input columns after 0, 1, … epochs, and the last accuracy."""
     generator = torch.Generator().manual_seed(0)
     net = cpnb.DigitsNet(generator=generator)
-    net = cpnb.canonicalize(net, init="power", generator=generator)
+    net = cpnb.canonicalize(net, generator=generator)
     seen = [net.fc2.factors[1].detach().norm(dim=0)]
 
     def watch(epoch, model, record):
@@ -281,7 +285,7 @@ def column_lengths(lr, weight_decay=0.0):
 
     recipe = PLAIN_SGD | {"lr": lr, "weight_decay": weight_decay, "epochs": 12}
     run = cpnb.fit(net, data, callback=watch, **recipe)
-    return torch.stack(seen), run.history[-1]["validation_accuracy"]
+    return torch.stack(seen) / seen[0], run.history[-1]["validation_accuracy"]
 
 
 # %%
@@ -309,17 +313,16 @@ for (lr, values), color in zip(lengths.items(), ("C2", "C1", "C0"), strict=True)
     axes[1].plot([], color=color, label=f"rate {lr}, accuracy {learned[lr]:.0%}")
 ends = ", ".join(f"{100 * values[-1]:.2g} %" for values in growth.values())
 axes[0].set_title(f"‖a‖ grows by {ends} in the mean")
-axes[0].set(xlabel="epoch", ylabel="length of a column ‖a‖")
+axes[0].set(xlabel="epoch", ylabel="‖a‖ / ‖a‖ at the start")
 share = 1 / lengths[0.2][-1].max() ** 2
 axes[1].set_title(f"the effective step falls to {share:.0%} at rate 0.2")
-axes[1].set(xlabel="epoch", ylabel="effective step 1/‖a‖²", ylim=(0, 1.02))
+axes[1].set(xlabel="epoch", ylabel="effective step, share", ylim=(0, 1.02))
 axes[1].legend(loc="lower left")
 plt.show()
 
 # %% [markdown]
-# **What to see:** one line per column. Every column starts at length one and none ever
-# becomes shorter (the assertion in the cell would fail). At rate 0.2 the network
-# learns, and meanwhile the effective step falls and then levels off: a mild
+# **What to see:** one line per column. None ever becomes shorter (the assertion in the
+# cell would fail). At rate 0.2 the network learns, and meanwhile the effective step falls and then levels off: a mild
 # learning-rate schedule that the geometry makes by itself, one for each column (the
 # right title gives the column that grew most). At the smallest rate the network has
 # learned least, and the growth is too small to see.
@@ -402,6 +405,8 @@ g, v = (
 
 twin = cpnb.CPLinear(6, 4, bias=False, rank=4, dtype=torch.float64)
 with torch.no_grad():
+    twin.unit.fill_(1.0)
+    twin.scale.fill_(1.0)
     twin.lam.copy_(g[:, 0])
     twin.factors[0].copy_(torch.eye(4))
     twin.factors[1].copy_(v.T)
@@ -436,8 +441,8 @@ for module in normed_net.children():
 for name, net in {
     "plain": plain,
     "weight norm": normed_net,
-    "canonical, break-even rank": cpnb.canonicalize(plain),
-    "canonical, half of it": cpnb.canonicalize(plain, rank=0.5),
+    "canonical, break-even rank": cpnb.canonicalize(plain, init="unified"),
+    "canonical, half of it": cpnb.canonicalize(plain, rank=0.5, init="unified"),
 }.items():
     print(f"{name:28}{sum(p.numel() for p in net.parameters()):8,} parameters")
 
@@ -468,7 +473,8 @@ print("with |λ|:", absolute.weight.tolist())
 for rule, order in {"signed λ": tiny.lam, "|λ|": tiny.lam.abs()}.items():
     kept = select_components(tiny, order.topk(1).indices)
     error = cpnb.relative_error(tiny.weight, kept.weight).item()
-    print(f"largest by {rule:8}: keeps λ = {kept.lam.item():4.0f}, error {error:.2f}")
+    lam = kept.components()[0].item()
+    print(f"largest by {rule:8}: keeps λ = {lam:4.0f}, error {error:.2f}")
 
 # %% [markdown]
 # During training the sign matters too. Fit one number, target $-1$, start at
@@ -492,19 +498,81 @@ for step in range(0, 61):
 # zero, and only a factor column could turn round instead. cpnb uses signed $\lambda$
 # everywhere and orders by $|\lambda|$; `signed=False` reproduces the other behaviour.
 #
-# ## 7. Before the race: how far does one step go?
+# ## 7. How far does one step go?
 #
-# A learning rate is not the same thing in two parametrisations. For plain weights a
-# step moves the kernel by exactly $\eta\|G\|$. In CP form the same $\eta$ moves
-# $\sigma$, $\lambda$ and all columns, and with them the kernel. We measure the
-# **gain**: how far the kernel moves, in units of the plain step, at the start of
-# training and for a tiny step.
+# A step of SGD moves a plain kernel by $-\eta G$. In CP form it moves the stored
+# numbers, and they move the kernel: with $J$ the Jacobian of the kernel by the stored
+# numbers, by $-\eta\, J J^\top G$ to first order. Plain weights have $J J^\top = I$.
 #
-# We look at two starts of the CP network: `unified`, random columns with the variance
-# of He initialisation, and `power`, the power method applied to the very kernels the
-# plain network starts from (the paper's start).
+# **By hand.** Take $2\times2$, two components, $\sigma = 1$, $\lambda = (3, 1)$ and
+# unit columns $\hat a_r = \hat b_r = e_r$, so that $W$ is diagonal. Which numbers move
+# which entry?
 #
-# **Predict:** which parametrisation will need the smallest learning rate?
+# - $W_{12}$: the column $a_2$ at rate $\lambda_2 = 1$ and $b_1$ at rate
+#   $\lambda_1 = 3$; together $1 + 9 = 10$. The same for $W_{21}$.
+# - $W_{11}$ and $W_{22}$: $\lambda_1$ and $\lambda_2$, each at rate 1, and $\sigma$ at
+#   rates $(3, 1)$: the matrix $I + (3,1)^\top(3,1)$.
+#
+# **Predict** the largest eigenvalue of $J J^\top$. At which learning rate, compared with
+# a plain kernel, will training become unstable?
+
+# %%
+hand = copy.deepcopy(tiny)
+with torch.no_grad():
+    hand.scale.fill_(1.0)
+    hand.lam.copy_(torch.tensor([3.0, 1.0]))
+    for factor in hand.factors:
+        factor.copy_(torch.eye(2))
+found = step_spectrum(hand)
+print(f"largest {found.largest:.2f}, mean {found.mean:.2f}")
+assert abs(found.largest - 11) < 0.01  # I + (3,1)ᵀ(3,1) has the eigenvalue 1 + 9 + 1
+assert abs(found.mean - 8) < 0.5  # (10 + 10 + 11 + 1) / 4, from random probes
+
+# %% [markdown]
+# About an eleventh of the rate. For a kernel of real size it is worse: $\sigma$ alone
+# has the eigenvalue $\|W\|^2$, which for He's variance is twice the number of outputs.
+#
+# But lengths and units are free: they change the steps and not the function. The
+# **step gauge** stores a column of mode $n$ at the length
+# $0.7\,|\sigma\lambda_r|\sqrt{N_{\max}/N_n}$ and $\sigma$ and $\lambda$ in units that
+# make them 16 times slower than that (re-derived here, constants chosen by measurement
+# on other networks). Every start of the library is in it; `cpnb.step_gauge_` puts an
+# older network into it. Three ways to store one kernel:
+
+
+# %%
+def unit_columns_(layer, units=False):
+    """Store a layer's columns at length one; σ = 1 unless it keeps its units."""
+    lam, columns = layer.components()
+    with torch.no_grad():
+        if not units:
+            layer.unit.fill_(1.0)
+            layer.scale.fill_(1.0)
+            layer.lam.copy_(lam)
+        for factor, column in zip(layer.factors, columns, strict=True):
+            factor.copy_(column)
+    return layer
+
+
+STORAGES = {
+    "unit columns, σ = 1": unit_columns_,
+    "unit columns, σ and λ in units": lambda layer: unit_columns_(layer, units=True),
+    "step gauge": cpnb.step_gauge_,
+}
+generator = torch.Generator().manual_seed(0)
+conv = cpnb.CPConv2d(32, 64, 3, generator=generator)
+print(f"{'eigenvalues of J Jᵀ':34} largest     mean")
+for name, store in STORAGES.items():
+    found = step_spectrum(store(cpnb.step_gauge_(conv)), generator=generator)
+    print(f"{name:34}{found.largest:8.2f} {found.mean:8.3f}")
+dense_step = step_spectrum(nn.Conv2d(32, 64, 3))
+print(f"{'plain kernel':34}{dense_step.largest:8.2f} {dense_step.mean:8.3f}")
+assert found.largest < 10 and 0.5 < found.mean < 2
+
+# %% [markdown]
+# **What to see:** in the step gauge the mean is that of a plain kernel, nearly, and the
+# largest eigenvalue a few times that, at the same function. Does it matter? The
+# networks, and a training by momentum SGD at rates that suit the plain network:
 
 # %%
 METHODS = {
@@ -528,48 +596,64 @@ def build(method, seed):
     return net
 
 
-# %%
-def gains(method, part="", step=1e-4):
-    """‖change of the kernel‖ / (step · ‖G‖) in each layer, if only `part` moves."""
-    images, labels = data.train.standardized(), data.train.labels
-    net = build(method, seed=0)
-    before = {name: m.weight.detach().clone() for name, m in net.named_children()}
-    dense = build("dense", seed=0)
-    with torch.no_grad():
-        for name, module in dense.named_children():
-            module.weight.copy_(before[name])
-            module.bias.copy_(net.get_submodule(name).bias)
-    for model in (net, dense):
-        F.cross_entropy(model(images), labels).backward()
-    with torch.no_grad():
-        for name, parameter in net.named_parameters():
-            if part in name:
-                parameter -= step * parameter.grad
-    return {
-        name: ((net.get_submodule(name).weight - old).norm() / step
-               / dense.get_submodule(name).weight.grad.norm()).item()
-        for name, old in before.items()
-    }  # fmt: skip
+MOMENTUM = PLAIN_SGD | {"momentum": 0.9}
+STEP_RATES = [0.003, 0.01, 0.03, 0.1]
+
+
+def reached(net, lr):
+    """Validation accuracy in % after a training; chance if it diverged."""
+    run = cpnb.fit(net, data, lr=lr, seed=0, **MOMENTUM)
+    done = run.status == "finished"
+    return 100 * run.history[-1]["validation_accuracy"] if done else 10.0
 
 
 # %%
-def print_gains(name, values):
-    """One line of the table."""
-    print(f"{name:32}" + "".join(f"{value:8.2f}" for value in values.values()))
-
-
-print(f"{'gain of one step':32}" + "".join(f"{n:>8}" for n in gains("dense")))
-for method, label in METHODS.items():
-    print_gains(label, gains(method))
-for part, symbol in {"scale": "σ", "lam": "λ", "factors": "columns"}.items():
-    print_gains(f"   unified start, only {symbol}", gains("canonical", part))
+print("validation accuracy, %" + "".join(f"{lr:>10}" for lr in STEP_RATES))
+for name, store in {"plain": None, **STORAGES}.items():
+    values = []
+    for lr in STEP_RATES:
+        net = build("canonical" if store else "dense", seed=0)
+        for layer in cpnb.cp_layers(net).values():
+            store(layer)
+        values.append(reached(net, lr))
+    print(f"{name:34}" + " ".join(f"{value:8.1f}" for value in values))
 
 # %% [markdown]
-# **What to see in the table:** plain weights have gain one by definition. With the
-# unified start one step moves the kernels several times further, and the single number
-# $\sigma$ has a large share in that: it scales the whole kernel, so its gain is of the
-# order of $\|W\|^2$. With the power start kernels, and so gains, are smaller. To
-# compare methods at *one* learning rate would compare these gains, not the methods.
+# The factor 0.7 is a choice. All columns longer: smaller steps everywhere, and a steadier
+# training at high rates; shorter: the reverse. Slide the length (nothing is trained
+# while you do: the curves were made beforehand).
+
+# %%
+LENGTHS = [0.35, 0.7, 1.4, 2.8]
+swept = {}
+for index in trange(len(LENGTHS) * len(STEP_RATES), desc="lengths"):
+    c, lr = LENGTHS[index // len(STEP_RATES)], STEP_RATES[index % len(STEP_RATES)]
+    net = build("canonical", seed=0)
+    with torch.no_grad():
+        for layer in cpnb.cp_layers(net).values():
+            for factor in layer.factors:
+                factor.mul_(c / COLUMN)
+    swept.setdefault(c, []).append(reached(net, lr))
+
+
+def draw_lengths(figure, c):
+    """Accuracy against the rate for one length of the columns, and its best rate."""
+    ax = figure.subplots()
+    for length, values in swept.items():
+        color = "C0" if length == c else "0.8"
+        ax.plot(STEP_RATES, values, "o-", color=color, zorder=2 + (length == c))
+    ax.set(xscale="log", xlabel="learning rate", ylabel="validation accuracy, %")
+    ax.set_title(f"Columns of length {c} · |σλ|: steps {(COLUMN / c) ** 2:.2g} × as far")
+    best = max(zip(swept[c], STEP_RATES, strict=True))
+    return f"At length {c} the best of these rates is {best[1]}, with {best[0]:.1f} %."
+
+
+explore(draw_lengths, c=LENGTHS)
+
+# %% [markdown]
+# With lengths alone the steps of all columns scale by $1/c^2$, as a learning rate would.
+# To compare methods at *one* rate would still compare step lengths, so the race tunes
+# the rate of each.
 #
 # ## 8. The race
 #
@@ -582,8 +666,8 @@ for part, symbol in {"scale": "σ", "lam": "λ", "factors": "columns"}.items():
 # one tolerates the widest range of learning rates?
 
 # %%
-RATES = [0.00625, 0.0125, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8]
-RATES = [0.025, 0.1, 0.4] if FAST else RATES
+RATES = [0.0125, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6]
+RATES = [0.05, 0.2, 0.8] if FAST else RATES
 TUNING_SEEDS = [300] if FAST else [300, 301, 302, 303]
 FRESH_SEEDS = range(200, 205) if FAST else range(200, 210)
 print(f"{len(RATES)} rates × {len(TUNING_SEEDS)} tuning seeds, {EPOCHS} epochs;")
@@ -718,55 +802,54 @@ print(
 # the break-even rank the canonical network holds about as many parameters as the plain
 # one, so nothing here is compression; that is what `05_truncation` is about.
 #
-# The rules were fixed before the seeds above were run, except that the smallest rate
-# was added to the grid afterwards, because a tuned rate lay at its edge; the seeds 0 to
-# 9 and 100 to 103, used while the rules were settled, were left out.
+# ### Exercise 3: the mean of the steps
 #
-# ### Exercise 3: what σ does
-#
-# The table of gains blames $\sigma$. Test it: train the canonical network with the
-# unified start at a learning rate of 0.1 with $\sigma$ *frozen* at one. Complete
-# `freeze_scale(net)` so that no layer's `scale` is trained.
+# Write `mean_step(sizes, rank, c)`: the mean eigenvalue of $J J^\top$ of a kernel with
+# modes of these sizes when every column is stored at length $c\,|\sigma\lambda_r|$, all
+# modes alike, and $\sigma$ and $\lambda$ are frozen.
 #
 # ```text
-# for every CP layer of net (cpnb.cp_layers gives name → layer):
-#     tell torch that its `scale` needs no gradient
+# a column of mode n moves the kernel in N_n − 1 directions, each at (σλ/‖a‖)² = 1/c²;
+# the mean is over all entries of the kernel
 # ```
 
 
 # %%
-def freeze_scale(net):
-    """Freeze σ in every CP layer of a network and return the network."""
+def mean_step(sizes, rank, c):
+    """Mean eigenvalue of J Jᵀ, columns only."""
     # your code here
     return None
 
 
 # %%
-def check_frozen(net, title):
-    """Check exercise 3 and train the network."""
-    if net is None:
+def check_mean(title, function):
+    """Compare with a measured layer, 1×1 modes left out."""
+    if function((64, 32, 3, 3), 179, 1.0) is None:
         print(f"{title}: not solved yet, the function returned None.")
         return
-    layers = cpnb.cp_layers(net).values()
-    assert not any(layer.scale.requires_grad for layer in layers), "some σ is trained"
-    assert all(layer.lam.requires_grad for layer in layers), "λ should stay trainable"
-    for name, model in {"σ trained": build("canonical", 100), "σ frozen": net}.items():
-        run = cpnb.fit(model, data, lr=0.1, seed=100, **PLAIN_SGD)
-        print(f"{title}: {name}, validation accuracy {final_accuracy(run):.1%}")
+    layer = cpnb.CPConv2d(32, 64, 3, rank=100)
+    lam, columns = layer.components()
+    with torch.no_grad():
+        for factor, column in zip(layer.factors, columns, strict=True):
+            factor.copy_(2 * lam.abs() * column)
+    layer.lam.requires_grad_(False)
+    layer.scale.requires_grad_(False)
+    measured = step_spectrum(layer).mean
+    expected = function((64, 32, 3, 3), 100, 2.0)
+    print(f"{title}: formula {expected:.4f}, measured {measured:.4f}")
+    assert abs(measured / expected - 1) < 0.05
 
 
-check_frozen(freeze_scale(build("canonical", 100)), "exercise 3")
+check_mean("exercise 3", mean_step)
 
 
 # %% tags=["solution"]
-def freeze_scale_solution(net):
-    """Freeze σ in every CP layer of a network and return the network."""
-    for layer in cpnb.cp_layers(net).values():
-        layer.scale.requires_grad_(False)
-    return net
+def mean_step_solution(sizes, rank, c):
+    """Mean eigenvalue of J Jᵀ, columns only."""
+    return rank * sum(size - 1 for size in sizes) / c**2 / math.prod(sizes)
 
 
-check_frozen(freeze_scale_solution(build("canonical", 100)), "exercise 3, solution")
+check_mean("exercise 3, solution", mean_step_solution)
 
 # %% [markdown]
 # ## What was not shown

@@ -139,6 +139,9 @@ plt.show()
 #
 # ## 3. The paper's setting, from records
 #
+# These records are older than the step gauge of `02_canonical_weight_normalization`:
+# their canonical networks stored unit columns, and want smaller rates than the others.
+#
 # The paper trains a LeNet on MNIST, with SGD and with RMSprop, and an AlexNet on
 # CIFAR-10 and SVHN. Such runs are too long for a notebook: `python experiments.py run
 # NAME` makes them, one training after the other, and leaves a record. The next cell

@@ -126,7 +126,7 @@ def step_spectrum(
 
     Args:
         layer: Any layer with a ``weight``, such as a CP, a low-rank or a
-            weight-normalised one.
+            weight-normalised one; parameters that need no gradient do not move.
         generator: Source of the start and of 30 probes; torch's default one if None.
 
     Source: re-derived here; Hutchinson 1990, doi:10.1080/03610919008812866 (the mean).
@@ -139,7 +139,8 @@ def step_spectrum(
     holder = nn.Module()
     holder.layer = copy.deepcopy(layer).double()
     holder.forward = lambda: holder.layer.weight
-    values = {n: p for n, p in holder.named_parameters() if not n.endswith("bias")}
+    named = [pair for pair in holder.named_parameters() if pair[1].requires_grad]
+    values = {name: p for name, p in named if not name.endswith("bias")}
     kernel, pull = torch.func.vjp(lambda p: functional_call(holder, p, ()), values)
     # J from the linear Jᵀ, since torch's weight norm has no forward derivative.
     push = torch.func.vjp(lambda move: pull(move)[0], torch.zeros_like(kernel))[1]
