@@ -224,9 +224,9 @@ cpnb.truncation_report(net, half, data).round(3)
 # The table counts against the *dense* network, which is the only fair reference.
 # `relative_error` is that of the kernel, $\lVert W-\hat W\rVert/\lVert W\rVert$: 0 is a
 # perfect copy, 1 is as far off as a kernel of zeros. Without further training, this cut
-# is far too much. Still, it is better than chance, and that is the doing of the *start*:
-# the power method finds the largest component first, and training keeps some of that
-# order. A start that gives all components the same weight has no order to keep:
+# is far too much. What is left is also the doing of the *start*: the power method finds
+# the largest component first, and training keeps some of that order. A start that gives
+# all components the same weight has no order to keep:
 
 # %%
 equal = cpnb.canonicalize(plain, init="unified", generator=generator)
@@ -262,8 +262,8 @@ plt.show()
 
 # %% [markdown]
 # **What to see:** the layers are not alike. `conv2` and `fc1` are nearly flat over the
-# right half of their panels; `conv1` and `fc2` have few components and lose accuracy as
-# soon as some of them are gone. The same in numbers, with what each layer weighs:
+# right half of their panels; `conv1` and `fc2` have few components and lose accuracy
+# sooner, `fc2` most of all. The same in numbers, with what each layer weighs:
 
 # %%
 for name, layer in sweep.layers.items():

@@ -704,8 +704,8 @@ plt.show()
 #
 # Decay on factors lowers the rank by the way. For a CP layer the same can be done on
 # purpose, on $\lambda$: `ProximalL1` subtracts $\eta\mu$ from every
-# $|\sigma\lambda_r|$ after each step and stops at zero. What arrives there can be removed
-# without any change of the output.
+# $|\sigma\lambda_r|$ after each step and stops at zero. What arrives there can be
+# removed without any change of the output.
 
 # %%
 generator = torch.Generator().manual_seed(0)

@@ -136,12 +136,12 @@ def step_spectrum(
     """
     from scipy.sparse import linalg
 
-    holder = nn.Module()
+    holder: Any = nn.Module()
     holder.layer = copy.deepcopy(layer).double()
     holder.forward = lambda: holder.layer.weight
     named = [pair for pair in holder.named_parameters() if pair[1].requires_grad]
     values = {name: p for name, p in named if not name.endswith("bias")}
-    kernel, pull = torch.func.vjp(lambda p: functional_call(holder, p, ()), values)
+    kernel, pull = torch.func.vjp(lambda p: functional_call(holder, p, ()), values)[:2]
     # J from the linear Jᵀ, since torch's weight norm has no forward derivative.
     push = torch.func.vjp(lambda move: pull(move)[0], torch.zeros_like(kernel))[1]
 
@@ -152,10 +152,10 @@ def step_spectrum(
     size = kernel.numel()
     start, *probes = _draw((31, size), generator).cpu()
     operator = linalg.LinearOperator((size, size), matvec=product, dtype=np.float64)
-    (largest,) = linalg.eigsh(operator, 1, v0=start.numpy(), tol=1e-3)[0]
+    largest = linalg.eigsh(operator, 1, v0=start.numpy(), tol=1e-3)[0].item()
     signs = [probe.sign().numpy() for probe in probes]
     mean = sum(sign @ product(sign) for sign in signs) / (size * len(signs))
-    return StepSpectrum(float(largest), float(mean))
+    return StepSpectrum(largest, float(mean))
 
 
 class TopEigenvalue(NamedTuple):
