@@ -744,7 +744,8 @@ for recipe, values, most in (("nested", prefix, 1), ("plain", plain, None)):
 # and 95.6 % at a half: far more than the plain network above. Their network differs in
 # three things: it starts from the power method, it sees all images, and it trains for
 # 50 epochs. A second record has the first two and 10 epochs, RMSprop at their constant
-# rate of 0.001, and no training after the cut. What each contributes:
+# rate of 0.001, and no training after the cut. (It is not complete: the unified start
+# and nested training in this setting are still to be trained.)
 
 # %%
 PAPER = "truncation-mnist-lenet-paper-cpu"
@@ -765,9 +766,10 @@ for keep, logged in THEIRS.items():
     )
 
 # %% [markdown]
-# **What to see:** the same ranks and the same rule, and every step towards the authors'
-# setting keeps more. What is still missing to their numbers is the length of training,
-# which this record does not have.
+# **What to see:** the same ranks and the same rule, and towards the authors' setting
+# more is kept. What is still missing to their numbers is the length of training, which this
+# record does not have; how much of the gain is the start's, and how much that of the
+# images and epochs, the rest of the record will say.
 #
 # ## 9. Training after the cut
 #
