@@ -180,9 +180,8 @@ def _tell_loss(layers: Mapping[str, Any], fitted: Mapping[str, CPLayer]) -> None
         worst = min(kept, key=lambda name: kept[name] / total[name])
         warnings.warn(
             f"the CP form keeps {share:.0%} of the squared norm of the kernels, and "
-            f"{kept[worst] / total[worst]:.0%} of that of {worst or 'the layer'!r}. "
-            "For a network that is trained already, "
-            "rank=cpnb.methods.fit_rank(0.1) keeps 99%.",
+            f"{kept[worst] / total[worst]:.0%} of that of {worst or 'the layer'!r}. Of "
+            "a trained network rank=cpnb.methods.fit_rank(0.1) keeps 99%.",
             stacklevel=3,
         )
 

@@ -767,9 +767,9 @@ for keep, logged in THEIRS.items():
 
 # %% [markdown]
 # **What to see:** the same ranks and the same rule, and towards the authors' setting
-# more is kept. What is still missing to their numbers is the length of training, which this
-# record does not have; how much of the gain is the start's, and how much that of the
-# images and epochs, the rest of the record will say.
+# more is kept. What is still missing to their numbers is the length of training, which
+# this record does not have; how much of the gain is the start's, and how much that of
+# the images and epochs, the rest of the record will say.
 #
 # ## 9. Training after the cut
 #

@@ -33,6 +33,7 @@ from torch import nn
 
 import cpnb
 from cpnb.explore import plots
+from cpnb.layers import SLOW
 from cpnb.methods import (
     FrobeniusDecay,
     LowRankConv2d,
@@ -545,9 +546,10 @@ plt.show()
 # lets the columns decay, which changes no kernel, and leaves $\sigma$ and $\lambda$
 # alone.
 #
-# There is a trap. In $W = \sigma\sum\lambda_r(\dots)$ decay of the product takes as
-# much from $\sigma^2$ as from $\lambda^\top\lambda$, and at the start one is 1 and the
-# other is large. Before a batch norm nothing in the loss pulls $\sigma$ back:
+# One thing to watch. In $W = \sigma\sum\lambda_r(\dots)$ decay of the product presses
+# on $\sigma$ as well as on $\lambda$, and before a batch norm nothing in the loss pulls
+# $\sigma$ back. In the step gauge $\sigma$ moves slowly, so that little happens in
+# three epochs; how much, relative to the start:
 
 # %%
 for scale in (True, False):
@@ -555,9 +557,9 @@ for scale in (True, False):
     hook = FrobeniusDecay(scale=scale)
     settings = SGD | {"epochs": 3, "lr": 0.1, "schedule": None, "progress": False}
     run = cpnb.fit(net, data, hooks=[hook], **settings)
-    sigmas = [layer.scale.item() for layer in cpnb.cp_layers(net).values()]
-    values = ", ".join(f"{sigma:.3g}" for sigma in sigmas)
-    print(f"{hook}: {run.status}, σ = {values}")
+    sigmas = [layer.sigma.item() for layer in cpnb.cp_layers(net).values()]
+    values = ", ".join(f"{SLOW * sigma:.3f}" for sigma in sigmas)
+    print(f"{hook}: {run.status}, σ changed to {values} of its start")
 
 # %% [markdown]
 # With `scale=False` $\sigma$ has no decay at all and $\lambda$ takes the whole of it.

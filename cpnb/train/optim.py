@@ -24,9 +24,9 @@ def param_groups(
     Decay goes to dense kernels, and to what only gives a direction: the v of weight
     norm, the factor columns of CP layers, the matrices behind a standardised,
     orthogonal or conditioned kernel. There it does not shrink the kernel, but keeps the
-    effective learning rate lr/‖v‖² from falling, also in the step gauge. Without decay stay biases and all
-    else with fewer than two axes, norm layers, the g of weight norm, and parameters or
-    submodules that a module names in ``no_decay``, such as the σ and λ of CP layers.
+    effective learning rate lr/‖v‖² from falling, in the step gauge as well. Biases, all
+    else with fewer than two axes, norm layers, the g of weight norm, and what a module
+    names in ``no_decay``, such as the σ and λ of CP layers, stay without decay.
 
     Args:
         model: Any module.
