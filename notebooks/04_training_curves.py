@@ -16,7 +16,7 @@
 # **You need** `02_canonical_weight_normalization`; `03_initialization` explains the
 # starts.
 #
-# **Time, measured on two CPU cores:** 1.4 minutes; fast mode 0.6.
+# **Time, measured on two CPU cores:** 1.3 minutes; fast mode 0.7.
 
 # %%
 import math

@@ -315,9 +315,8 @@ def test_step_gauge_changes_the_stored_lengths_and_not_the_function(signed):
     kernel = layer.weight.detach().clone()
     assert step_gauge_(layer) is layer
     assert_close(layer.weight, kernel)
-    rms = layer.components()[0].square().mean().sqrt()
-    shortest = COLUMN * SHORTEST * rms  # λ of 0 or almost: the column does not vanish
-    assert_close(layer.factors[0].norm(dim=0)[2:4], shortest.expand(2))
+    shortest = COLUMN * SHORTEST * layer.components()[0].square().mean().sqrt()
+    assert_close(layer.factors[0].norm(dim=0)[2:4], shortest.expand(2))  # not 0
     with torch.no_grad():
         for factor in layer.factors:  # as weight decay does
             factor.mul_(0.5)
