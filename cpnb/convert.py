@@ -171,7 +171,7 @@ def _tell_loss(layers: Mapping[str, Any], fitted: Mapping[str, CPLayer]) -> None
     """Warn if fits of kernels lost more than a tenth of their squared norm."""
     kept, total = {}, {}
     for name, layer in layers.items():
-        old, new = (one.weight.detach().flatten() for one in (layer, fitted[name]))
+        old, new = (x.weight.detach().double().flatten() for x in (layer, fitted[name]))
         if fitted[name].init in FITS and old.any():
             total[name] = old.square().sum().item()
             kept[name] = (old @ new).square().item() / new.square().sum().item()

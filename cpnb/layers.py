@@ -42,10 +42,10 @@ FORWARD_MODES = ("auto", "dense", "chain")
 # Its depthwise stage is bound by memory: on x86-64 cores the times cross at 0.50 (64
 # channels) to 0.73 (256 channels) of that rank.
 CHAIN_SHARE = 0.5
-# The step gauge, chosen by measurement (notebook 02): a column of the largest mode has
-# the length COLUMN · |σλ_r|, one of n entries √(largest/n) times that.
+# The step gauge, chosen by measuring (benchmarks/defaults.py): a column of the largest
+# mode has the length COLUMN · |σλ_r|, one of n entries √(largest/n) times that.
 COLUMN = 0.7
-SLOW = 4.0  # a step moves the kernel by way of λ or σ as much less, squared
+SLOW = 4.0  # units of σ and λ: both have 1/SLOW² in J Jᵀ, see explore.step_spectrum
 SHORTEST = 0.1  # as a share of the RMS of σλ: a shorter column would turn too fast
 
 

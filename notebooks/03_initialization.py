@@ -824,9 +824,9 @@ for format, label in TENSOR_FORMATS.items():
 # **What to see:** the paper's claim, bounded. Where Kaiming's variance for each weight
 # is far off (Tucker-2, train) its networks do not learn to read at any rate, and with
 # the rule they do. In the ring it happens to be near the rule's, and does as well. With
-# Xavier's variance most networks catch up by a rate three times higher, but the blocks
-# do not. So the rule is not the only variance that trains; it is the one that works in
-# all four formats.
+# Xavier's variance they learn more slowly at small rates; at their best rate three of
+# the four catch up, and the blocks do not. So the rule is not the only variance that
+# trains; it is the one that works in all four formats.
 #
 # ## 9. The race on MNIST, from the record
 #

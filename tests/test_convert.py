@@ -165,14 +165,15 @@ def test_conversion_tells_what_it_loses_and_keeps_the_norm():
     assert len(told) == 1
     for new, old in zip(small, net, strict=True):
         assert_close(new.weight.norm(), old.weight.norm())
-    best = power_method(net[0].weight.detach(), 4, generator=seeded())
-    norms = [layer.weight.square().sum().item() for layer in net]
-    kept = 1 - best.relative_error**2 * norms[0] / sum(norms)
-    assert f"keeps {kept:.0%}" in str(told[0].message)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    error = power_method(net[0].weight.detach(), 4, generator=seeded()).relative_error
+    conv, linear = (layer.weight.square().sum() for layer in net)
+    assert f"keeps {1 - error**2 * conv / (conv + linear):.0%}" in str(told[0].message)
+    with warnings.catch_warnings(action="error"):
         canonicalize(net, rank={"0": 60, "1": 20}, generator=seeded())  # little is lost
         canonicalize(net, rank=2, init="unified")  # nothing was to be kept
+    nn.init.normal_(net[1].weight, std=5)  # ‖W‖⁴ leaves float16's range
+    with pytest.warns(UserWarning, match="keeps"):
+        from_layer(net[1].half(), rank=4)
 
 
 def test_ranks_above_what_is_useful_are_refused_and_in_a_network_clipped():
@@ -181,8 +182,7 @@ def test_ranks_above_what_is_useful_are_refused_and_in_a_network_clipped():
     assert CPConv2d(1, 32, 3, rank=11).rank == 11  # as in the paper's LeNet
     net = nn.Sequential(nn.Linear(30, 20), nn.Linear(20, 2))
     with pytest.warns(UserWarning, match=r"rank is 16, .* \{'1': 2\}"):
-        ranks = [layer.rank for layer in canonicalize(net, rank=16)]
-    assert ranks == [16, 2]
+        assert [layer.rank for layer in canonicalize(net, rank=16)] == [16, 2]
 
 
 def test_evaluation_mode_gives_every_module_its_flag_back_also_after_an_error():

@@ -150,10 +150,9 @@ def step_spectrum(
         return push(back[0])[0].detach().flatten().numpy()
 
     size = kernel.numel()
-    start, *probes = _draw((31, size), generator).cpu()
+    start, *signs = _draw((31, size), generator).sign().cpu().numpy()
     operator = linalg.LinearOperator((size, size), matvec=product, dtype=np.float64)
-    largest = linalg.eigsh(operator, 1, v0=start.numpy(), tol=1e-3)[0].item()
-    signs = [probe.sign().numpy() for probe in probes]
+    largest = linalg.eigsh(operator, 1, v0=start, tol=1e-3)[0].item()
     mean = sum(sign @ product(sign) for sign in signs) / (size * len(signs))
     return StepSpectrum(largest, float(mean))
 

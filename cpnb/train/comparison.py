@@ -339,7 +339,8 @@ def build(recipe: Recipe, data: Dataset, seed: int) -> torch.nn.Module:
     if "data" in takes:
         first = replace(data.train, images=data.train.images[:_START_IMAGES])
         options["data"] = first.standardized()
-    with warnings.catch_warnings(action="ignore", category=UserWarning):  # of the fit
+    with warnings.catch_warnings():  # what is to be trained need keep nothing
+        warnings.filterwarnings("ignore", "the CP form keeps")
         return apply(network.to(data.train.images.device), **options)
 
 
