@@ -27,10 +27,10 @@ import cpnb
 from cpnb.initializers import INITIALIZERS, unified
 from cpnb.methods import first_and_last, ranks_for
 from cpnb.train import REGISTRY, Comparison, Dataset, Recipe
-from networks import AlexNet, ResNet
+from networks import AlexNet, LeNet5, ResNet, SmallConvNet
 
 REGISTRY |= {"ResNet-20": partial(ResNet, 20), "ResNet-32x2": partial(ResNet, 32, 2)}
-REGISTRY["AlexNet"] = AlexNet
+REGISTRY |= {"AlexNet": AlexNet, "LeNet5": LeNet5, "SmallConvNet": SmallConvNet}
 
 RESULTS = Path(__file__).resolve().parent / "results"
 KEPT = (1.0, 0.9, 0.75, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05)  # of the components
@@ -52,6 +52,7 @@ class Experiment:
     recipes: Sequence[Recipe]
     rates: Sequence[float]
     tune_seeds: Sequence[int] = (100,)
+    tune_epochs: int | None = None
     seeds: Sequence[int] = range(5)
     device: str = "cpu"
     measure: Mapping[str, Any] | None = None
@@ -124,6 +125,7 @@ def truncation_curve(
 
 for function in (started, with_share, truncation_curve):
     REGISTRY[function.__name__] = function
+REGISTRY["low_rank"] = partial(cpnb.factorize, rank="same", skip=())
 
 PEERS = (
     "none batch weight weight_data_init spectral standardized conditioned scaling oni"
@@ -169,6 +171,22 @@ def compressed(network: str, share: float, settings: Mapping[str, Any]) -> list[
     ]
 
 
+def curves(
+    network: str, settings: Mapping[str, Any], names: Sequence[str]
+) -> list[Recipe]:
+    """Recipes by name: a normalizer, a start of the canonical form, or SI+FD.
+
+    Every layer takes part, with as many parameters as it has when it is dense.
+    """
+    parts: dict[str, Any] = {name: dict(normalizer=name) for name in names}
+    parts["canonical-unified"] = dict(
+        normalizer="canonical", options={"init": "unified"}
+    )
+    decay = {"name": "FrobeniusDecay", "mu": 1e-4}
+    parts["SI+FD"] = dict(normalizer="low_rank", hooks=[decay])
+    return [Recipe(name, network, settings=settings, **parts[name]) for name in names]
+
+
 # The authors' settings: no momentum, no weight decay, a constant rate.
 SGD: dict[str, Any] = {"optimizer": "sgd", "momentum": 0.0, "schedule": None}
 RMSPROP: dict[str, Any] = {"optimizer": "rmsprop", "schedule": None}
@@ -180,6 +198,11 @@ ALEXNET = {"epochs": 40, "batch_size": 128, "augment": MOVED}
 # As in the papers of residual networks.
 RESNET = {"optimizer": "sgd", "momentum": 0.9, "schedule": "step", "epochs": 60}
 RESNET |= {"batch_size": 128, "augment": MOVED}
+# Training to the end, the rate going down to 0.
+TO_THE_END = {"optimizer": "sgd", "momentum": 0.9, "batch_size": 64}
+TUNED: dict[str, Any] = {"tune_seeds": (100, 101, 102), "tune_epochs": 2}
+METHODS = "none batch weight conditioned scaling canonical".split()
+MORE = "oni canonical-unified SI+FD".split()
 FIRST_2000 = "reduced size for a CPU: 2,000 training images, 4 epochs, 5 seeds"
 GPU: dict[str, Any] = {"tune_seeds": (100, 101), "device": "cuda"}
 LENET: dict[str, Any] = {"rank": RANKS["LeNet"]}
@@ -190,6 +213,25 @@ PAPER = RMSPROP | {"epochs": 10, "batch_size": 64}
 
 # fmt: off
 EXPERIMENTS = {
+    "mnist-lenet5": Experiment(
+        "MNIST, all images, LeNet-5, nine methods, 10 epochs, 5 seeds",
+        partial(first_images, "mnist"),
+        curves("LeNet5", TO_THE_END | {"epochs": 10}, METHODS + MORE),
+        (0.01, 0.02, 0.04, 0.08), **TUNED,
+    ),
+    "fashion-lenet5": Experiment(
+        "Fashion-MNIST, all images, LeNet-5, nine methods, 10 epochs, 5 seeds",
+        partial(first_images, "fashion_mnist"),
+        curves("LeNet5", TO_THE_END | {"epochs": 10}, METHODS + MORE),
+        (0.01, 0.02, 0.04, 0.08), **TUNED,
+    ),
+    "cifar10-small": Experiment(
+        "CIFAR-10, all images, crops and flips, four convolutions, six methods, "
+        "12 epochs, 3 seeds",
+        partial(first_images, "cifar10"),
+        curves("SmallConvNet", TO_THE_END | {"epochs": 12, "augment": MOVED}, METHODS),
+        (0.02, 0.04, 0.08), seeds=range(3), **TUNED,
+    ),
     "initialization-mnist": Experiment(
         "MNIST, LeNet, six starts, reduced size for a CPU: 6,000 training images, "
         "3 epochs, 5 seeds",
@@ -283,8 +325,10 @@ def status(name: str, found: Comparison | None) -> str:
     experiment, runs = EXPERIMENTS[name], found.runs
     defined = {recipe.name: recipe for recipe in experiment.recipes}
     plan = [[*experiment.rates], [*experiment.tune_seeds], [*experiment.seeds]]
+    plan.append(experiment.tune_epochs)
     state = "not complete" if found.missing() else "complete"
-    if (defined, plan) != (found.recipes, [found.rates, found.tune_seeds, found.seeds]):
+    made = [found.rates, found.tune_seeds, found.seeds, found.tune_epochs]
+    if (defined, plan) != (found.recipes, made):
         state = "not as it is defined now"
     return f"{state}, {len(runs)} trainings, {runs.seconds.sum() / 60:.0f} minutes"
 

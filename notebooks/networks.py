@@ -41,6 +41,41 @@ class AlexNet(nn.Module):
         return self.fc3(F.relu(self.fc2(self.dropout2(hidden))))
 
 
+class LeNet5(nn.Sequential):
+    """LeNet-5 with ReLU and max pooling, 61,706 parameters, 28×28 images.
+
+    Arguments are as in `cpnb.DigitsNet`. Source: LeCun, Bottou, Bengio, Haffner 1998,
+    doi:10.1109/5.726791.
+    """
+
+    def __init__(self, num_classes: int = 10, *, generator: Generator | None = None):
+        pool, relu = partial(nn.MaxPool2d, 2), nn.ReLU
+        super().__init__(
+            *(skip_init(nn.Conv2d, 1, 6, 5, padding=2), relu(), pool()),
+            *(skip_init(nn.Conv2d, 6, 16, 5), relu(), pool(), nn.Flatten()),
+            *(skip_init(nn.Linear, 16 * 5 * 5, 120), relu()),
+            *(skip_init(nn.Linear, 120, 84), relu()),
+            skip_init(nn.Linear, 84, num_classes),
+        )
+        initialize(self, generator)
+
+
+class SmallConvNet(nn.Sequential):
+    """Four 3×3 convolutions and a linear layer, 28,474 parameters, 32×32 colours.
+
+    Arguments are as in `cpnb.DigitsNet`.
+    """
+
+    def __init__(self, num_classes: int = 10, *, generator: Generator | None = None):
+        layers: list[nn.Module] = []
+        for before, after in ((3, 16), (16, 16), (16, 32), (32, 64)):
+            conv = skip_init(nn.Conv2d, before, after, 3, padding=1)
+            layers += [conv, nn.ReLU(), nn.MaxPool2d(2)]
+        layers += [nn.Flatten(), skip_init(nn.Linear, 64 * 2 * 2, num_classes)]
+        super().__init__(*layers)
+        initialize(self, generator)
+
+
 class ResNet(nn.Module):
     """The residual network for CIFAR of He et al., in three stages of equal blocks.
 

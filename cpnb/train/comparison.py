@@ -91,7 +91,7 @@ class Comparison:
 
     Attributes:
         recipes, data: By name; what the data set says of itself.
-        rates, tune_seeds, seeds, measure: See `cpnb.compare`.
+        rates, tune_seeds, seeds, measure, tune_epochs: See `cpnb.compare`.
         runs: A row per training: ``phase`` "tune" or "final", ``status`` of `Run`,
             accuracies after the last epoch, ``start_seconds`` of making the network.
         curves, measured: A row per training and epoch; what ``measure`` returned.
@@ -103,6 +103,7 @@ class Comparison:
     tune_seeds: list[int]
     seeds: list[int]
     measure: Any = None
+    tune_epochs: int | None = None
 
     def __post_init__(self) -> None:
         """Begin with empty tables."""
@@ -160,18 +161,29 @@ class Comparison:
 
         One under which any diverged is out. None if all are, or while a run is missing.
         """
-        if len(self.rates) == 1:  # nothing to choose
-            return dict.fromkeys(self.recipes, self.rates[0])
-        runs: Any = self.runs[self.runs.phase == "tune"]
-        runs = runs[runs.lr.isin(self.rates) & runs.seed.isin(self.tune_seeds)]
-        best = dict.fromkeys(self.recipes)
-        for name in self.recipes:
-            own = runs[runs.recipe == name]
-            works = (own.status == "finished").groupby(own.lr).all()
-            scores = own.validation_accuracy.groupby(own.lr).mean()
-            if len(own) == len(self.rates) * len(self.tune_seeds) and works.any():
-                best[name] = float(scores[works].idxmax())
-        return best
+        return {name: self._tuned(name)[1] for name in self.recipes}
+
+    def _tuned(self, name: str) -> tuple[list[float], float | None]:
+        """The rates to try of a recipe and, when all are tried, the best of them.
+
+        Where the best is the smallest or largest, the next one is to be tried, too.
+        """
+        rates = sorted(self.rates)
+        if len(rates) == 1:  # nothing to choose
+            return rates, rates[0]
+        runs: Any = self.runs[(self.runs.recipe == name) & (self.runs.phase == "tune")]
+        runs = runs[runs.seed.isin(self.tune_seeds)]
+        counts = runs.groupby("lr").size()
+        scores = runs.validation_accuracy.where(runs.status == "finished", -math.inf)
+        means = scores.groupby(runs.lr).mean()
+        while all(counts.get(lr, 0) == len(self.tune_seeds) for lr in rates):
+            own = means[rates]
+            inner, top = own[1:-1].max(), own.max()
+            if top == -math.inf or inner == top:
+                return rates, None if top == -math.inf else own[1:-1].idxmax()
+            ends = rates[:2] if own.idxmax() == rates[0] else rates[:-3:-1]
+            rates = sorted([*rates, float(f"{ends[0] ** 2 / ends[1]:.3g}")])
+        return rates, None
 
     @property
     def finals(self) -> pd.DataFrame:
@@ -188,18 +200,29 @@ class Comparison:
 
     def missing(self) -> list[tuple[str, str, float, int]]:
         """The next trainings, as `CELL`: final ones once their rate is chosen."""
-        tune = itertools.product(self.recipes, ["tune"], self.rates, self.tune_seeds)
-        cells = list(tune) if len(self.rates) > 1 else []
-        best = {name: lr for name, lr in self.best.items() if lr is not None}
-        cells += [(name, "final", best[name], s) for name in best for s in self.seeds]
+        cells: list[tuple[str, str, float, int]] = []
+        for name in self.recipes:
+            rates, best = self._tuned(name)
+            if len(rates) > 1:
+                tune = itertools.product([name], ["tune"], rates, self.tune_seeds)
+                cells += tune
+            if best is not None:
+                cells += [(name, "final", best, seed) for seed in self.seeds]
         done = set(self.runs[CELL].itertuples(index=False, name=None))
         return [cell for cell in cells if cell not in done]
+
+    def recipe(self, name: str, phase: str) -> Recipe:
+        """A recipe as it is trained in a phase."""
+        recipe = self.recipes[name]
+        if phase == "final" or self.tune_epochs is None:
+            return recipe
+        return replace(recipe, settings={**recipe.settings, "epochs": self.tune_epochs})
 
     def table(self) -> pd.DataFrame:
         """One row per recipe, from its final runs.
 
-        ``edge``: the chosen ``lr`` is the smallest or largest of several, so that the
-        best may lie beyond. ``n`` networks were tested. Deviations are of a sample.
+        ``lr`` is the chosen rate, ``n`` networks were tested. Deviations are of a
+        sample.
         """
         finals = self.finals
         finished = finals[finals.status == "finished"]
@@ -207,8 +230,6 @@ class Comparison:
         curves = self.final_curves
         peaks = curves.loc[curves.groupby(CELL).validation_accuracy.idxmax()]
         table = pd.DataFrame({"lr": pd.Series(self.best, dtype=float)})
-        ends = [min(self.rates), max(self.rates)]
-        table["edge"] = table.lr.isin(ends) & (len(self.rates) > 1)
         table["n"] = [(finished.recipe == n).sum() for n in self.recipes]
         table["diverged"] = [(finals.recipe == n).sum() for n in self.recipes] - table.n
         for split in ("test", "validation"):
@@ -225,6 +246,7 @@ def compare(
     rates: Sequence[float],
     seeds: Iterable[int],
     tune_seeds: Iterable[int] = (100,),
+    tune_epochs: int | None = None,
     measure: str | Mapping[str, Any] | None = None,
     device: str = "cpu",
     executor: Executor | None = None,
@@ -241,9 +263,11 @@ def compare(
     Args:
         recipes: What to compare.
         data: A data set, or a function that loads it, in each process for itself.
-        rates: Learning rates to choose from.
+        rates: Learning rates to begin with. Where the best is the smallest or largest,
+            the next beyond it, at the same ratio, is tried until it is not.
         seeds: Fresh seeds, of the networks that are tested at the chosen rate.
         tune_seeds: Other seeds, with which every recipe is trained at every rate.
+        tune_epochs: Epochs of these trainings, if fewer than a recipe's own will do.
         measure: More to measure on each tested network: a function in `REGISTRY`, by
             its name or a dict of a ``name`` and options, that returns columns.
         device: Device to train on.
@@ -265,6 +289,7 @@ def compare(
         tune_seeds=list(tune_seeds),
         seeds=list(seeds),
         measure=measure,
+        tune_epochs=tune_epochs,
     )
     if len(plan.recipes) < len(recipes):
         names = [recipe.name for recipe in recipes]
@@ -273,8 +298,9 @@ def compare(
         raise ValueError(f"tune_seeds shares {[*shared]} with seeds, expected others.")
     if path is not None and Path(path, "recipes.json").exists():
         found = Comparison.load(path)
-        old = {"data": found.data, "measure": found.measure, **found.recipes}
-        new = {**old, "data": plan.data, "measure": plan.measure, **plan.recipes}
+        fixed = ("data", "measure", "tune_epochs")
+        old = {name: getattr(found, name) for name in fixed} | found.recipes
+        new = old | {name: getattr(plan, name) for name in fixed} | plan.recipes
         for name in old:
             if old[name] != new[name]:
                 raise ValueError(
@@ -295,7 +321,7 @@ def compare(
 
         while cells := plan.missing():
             bar.total = bar.n + len(cells)
-            tasks = [(c, plan.recipes[c[0]], data, measure, device) for c in cells]
+            tasks = [(c, plan.recipe(*c[:2]), data, measure, device) for c in cells]
             _run(tasks, executor, take)
     return plan
 

@@ -33,14 +33,14 @@ from cpnb.train import (
 from cpnb.train.comparison import CELL, RUN_COLUMNS
 
 SETTINGS = {"epochs": 2, "batch_size": 64}
-START = {"rank": 4, "init": "unified"}
+START = {"rank": 4, "init": "power"}
 RECIPES = [
     Recipe("none", "DigitsNet", settings=SETTINGS),
     Recipe("canonical", "DigitsNet", "canonical", START, settings=SETTINGS),
 ]
 DIGITS = load_data()
 SMALL = partial(load_data, train_size=128)
-PLAN = {"seeds": (0, 1), "rates": (1e-3, 1e-2), "progress": False}
+PLAN = {"seeds": (0, 1), "rates": (1e-3, 1e-2, 0.1), "progress": False}
 ONE = {"seeds": [0], "rates": [0.01], "progress": False}
 TIMES = ["seconds", "start_seconds", "images_per_second", "date"]
 
@@ -87,7 +87,7 @@ def test_compare_tunes_then_tests_fresh_seeds_at_the_best_rate(folder):
     for name, lr in found.best.items():
         runs = found.runs[found.runs.recipe == name].set_index("phase")
         tune, final = runs.loc["tune"], runs.loc["final"]
-        assert list(tune.lr) == [1e-3, 1e-2] and list(tune.seed) == [100, 100]
+        assert list(tune.lr) == [1e-3, 1e-2, 0.1] and set(tune.seed) == {100}
         assert lr == tune.set_index("lr").validation_accuracy.idxmax()
         assert list(final.lr) == [lr, lr] and list(final.seed) == [0, 1]
         assert tune.test_accuracy.isna().all() and final.test_accuracy.notna().all()
@@ -122,9 +122,9 @@ def test_compare_reads_the_test_split_once_per_network_after_its_training(monkey
     for function in (fit, comparison.accuracy):
         monkeypatch.setattr(comparison, function.__name__, noting(function))
     compare(RECIPES, data, **PLAN)
-    # Four trainings to tune come first, then each network is tested after its own.
-    assert [name for name, _ in events] == ["fit"] * 4 + ["fit", "accuracy"] * 4
-    assert events[4::2] == [("fit", network) for _, network in events[5::2]]
+    # Six trainings to tune come first, then each network is tested after its own.
+    assert [name for name, _ in events] == ["fit"] * 6 + ["fit", "accuracy"] * 4
+    assert events[6::2] == [("fit", network) for _, network in events[7::2]]
 
 
 def test_compare_gives_each_training_hooks_of_its_own(monkeypatch):
@@ -197,7 +197,7 @@ def test_compare_goes_on_where_it_was_stopped(folder, tmp_path, monkeypatch, sto
     if stop > 1:
         assert len(Comparison.load(tmp_path).runs) == stop - 1
     found = compare(RECIPES, SMALL, **PLAN, path=tmp_path)
-    assert count == 8 + 1, "eight trainings, one of them in two attempts"
+    assert count == 10 + 1, "ten trainings, one of them in two attempts"
     assert_same(found, Comparison.load(folder))
 
 
@@ -225,7 +225,7 @@ def test_compare_repeats_a_training_whose_line_is_damaged(
 
 def test_compare_takes_more_recipes_rates_and_seeds_later(copied, trained):
     recipes = [*RECIPES, replace(RECIPES[0], name="more")]
-    plan = {**PLAN, "seeds": (0, 1, 2), "rates": (1e-6, 1e-3, 1e-2)}
+    plan = {**PLAN, "seeds": (0, 1, 2), "rates": (1e-6, 1e-3, 1e-2, 0.1)}
     found = compare(recipes, SMALL, **plan, path=copied)
     old = [cell[1:] for cell in trained if cell[0] == "none"]
     assert old == [("tune", 1e-6, 100), ("final", found.best["none"], 2)]
@@ -250,7 +250,7 @@ def test_compare_keeps_what_ended_when_it_is_interrupted(tmp_path):
     class Cluster:
         """Runs everything at once; the second result cannot be had."""
 
-        results = iter([True, False, True, True])
+        results = iter([True, False, True, True, True, True])
 
         def submit(self, function, *task):
             future = Future()
@@ -263,7 +263,7 @@ def test_compare_keeps_what_ended_when_it_is_interrupted(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         compare(RECIPES, SMALL, **PLAN, path=tmp_path, executor=Cluster())
     kept = Comparison.load(tmp_path).runs
-    assert len(kept) == 3, "of four trainings to tune one was interrupted"
+    assert len(kept) == 5, "of six trainings to tune one was interrupted"
 
 
 def in_processes(data, **changes):
@@ -389,20 +389,38 @@ def made_by_hand(scores, finals=()):
 def test_best_is_the_best_mean_among_the_rates_that_always_finished():
     scores = {0.1: (0.5, 0.7), 0.2: (0.9, 0.4), 0.4: (0.6, 0.6)}
     assert made_by_hand(scores).best == {"x": 0.2}
-    assert made_by_hand(scores | {0.2: (0.9, 0.2)}).best["x"] in (0.1, 0.4)
-    assert made_by_hand(scores | {0.2: (0.95, -0.94)}).best["x"] != 0.2
-    assert made_by_hand(dict.fromkeys(scores, (-0.5, 0.5))).best == {"x": None}
+    broken = scores | {0.2: (0.95, -0.94), 0.05: (0.1, 0.1)}
+    assert made_by_hand(broken).best == {"x": 0.1}
+    assert made_by_hand(dict.fromkeys(scores, (-0.5, 0.5))).missing() == []
+
+
+def test_a_best_rate_at_the_edge_asks_for_the_next_one_beyond():
+    rising = {0.1: (0.5, 0.5), 0.2: (0.6, 0.6), 0.4: (0.7, 0.7)}
+    found = made_by_hand(rising)
+    assert found.best == {"x": None}
+    assert found.missing() == [("x", "tune", 0.8, 8), ("x", "tune", 0.8, 9)]
+    assert made_by_hand(rising | {0.8: (0.7, 0.7)}).best == {"x": 0.4}, "no better"
+    assert made_by_hand(rising | {0.8: (0.9, -0.9)}).best == {"x": 0.4}, "diverged"
+    falling = {0.1: (0.7, 0.7), 0.2: (0.6, 0.6), 0.4: (0.5, 0.5)}
+    assert made_by_hand(falling).missing()[0] == ("x", "tune", 0.05, 8)
+    assert made_by_hand(falling | {0.05: (0.1, 0.1)}).best == {"x": 0.1}
+
+
+def test_tune_epochs_shorten_the_trainings_that_tune(trained):
+    plan = ONE | {"rates": [1e-3, 1e-2, 1.0], "tune_epochs": 1}
+    found = compare(RECIPES[:1], SMALL, **plan)
+    assert set(found.runs.query("phase == 'tune'").epochs) == {1}
+    assert set(found.runs.query("phase == 'final'").epochs) == {2}
 
 
 def test_table_is_what_one_computes_by_hand():
     row = made_by_hand(SCORES, finals=(0.8, 0.6, -0.7)).table().loc["x"]
-    assert (row.lr, row.edge, row.n, row.diverged) == (0.2, False, 2, 1)
+    assert (row.lr, row.n, row.diverged) == (0.2, 2, 1)
     assert (row.test, row.validation) == pytest.approx((0.35, 0.7))
     deviations = (row.test_std * 2**0.5, row.validation_std * 2**0.5)
     assert deviations == pytest.approx((0.1, 0.2))
     assert (row.best_epoch, row.seconds) == (2, 5)
-    at_the_edge = made_by_hand(SCORES | {0.4: (1.0, 1.0)}).table().loc["x"]
-    assert at_the_edge.edge and at_the_edge.n == 0
+    assert made_by_hand(SCORES | {0.4: (1.0, 1.0)}).table().n["x"] == 0
     more = made_by_hand(SCORES, finals=(0.8, 0.6, 0.7, 0.1))
     assert list(more.finals.seed) == [0, 1, 2], "the fourth is not planned"
     more.rates = [0.1, 0.4]
