@@ -69,6 +69,9 @@ def test_library_and_tests_keep_their_budgets():
     assert line_count(MODULES) <= 8_000
     assert line_count(core) <= 2_500
     assert line_count((ROOT / "tests").rglob("*.py")) <= 9_000
+    front = [*(ROOT / "cpnb" / "explore").glob("rank_explorer.*s")]
+    assert len(front) == 2 and line_count(front) <= 600  # JavaScript and CSS
+    assert line_count(p for p in MODULES if p.stem in ("rank_explorer", "page")) <= 450
     # About 30: eight at the top, and in the tiers one file for each paper or purpose.
     assert len(MODULES) <= 35
 
@@ -324,15 +327,15 @@ def test_readme_sets_up_with_two_commands_and_ci_runs_the_second_after_its_check
 # --- package --------------------------------------------------------------------------
 
 
-def test_wheel_holds_the_package_its_style_its_page_and_the_licence(tmp_path):
+def test_wheel_holds_the_package_its_data_files_and_the_licence(tmp_path):
     from hatchling.builders.wheel import WheelBuilder
 
     (wheel,) = WheelBuilder(str(ROOT)).build(directory=str(tmp_path))
     names = set(zipfile.ZipFile(wheel).namelist())
     info = f"cpnb-{cpnb.__version__}.dist-info"
-    explore = ["cpnb.mplstyle", "rank_explorer.js", "rank_explorer.css"]
-    expected = {path.relative_to(ROOT).as_posix() for path in MODULES}
-    expected |= {f"cpnb/explore/{name}" for name in explore}
+    kinds = (".py", ".toml", ".js", ".css", ".mplstyle")
+    files = [path for path in (ROOT / "cpnb").rglob("*") if path.suffix in kinds]
+    expected = {path.relative_to(ROOT).as_posix() for path in files}
     assert expected | {"cpnb/py.typed", f"{info}/licenses/LICENSE"} <= names
     assert {name.split("/")[0] for name in names} == {"cpnb", info}
 
@@ -368,11 +371,13 @@ def test_page_links_lead_somewhere(text):
 
 
 @pytest.mark.slow
-def test_readme_example_prints_what_it_says():
-    (code,), (expected,) = readme_blocks("python"), readme_blocks("text")
+def test_readme_examples_run_and_print_what_it_says(tmp_path, monkeypatch):
+    codes, (expected,) = readme_blocks("python"), readme_blocks("text")
+    monkeypatch.chdir(tmp_path)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        exec(compile(code, "README.md", "exec"), {})
+        exec(compile("".join(codes), "README.md", "exec"), {})
+    assert "cpnb-explorer" in (tmp_path / "ranks.html").read_text()
     said = printed.getvalue()
     assert NUMBER.sub("N", said) == NUMBER.sub("N", expected)
     # Counts are exact. A trained accuracy moves when another processor adds in another

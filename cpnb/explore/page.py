@@ -51,13 +51,10 @@ def explorer_table(
     """Collect what the front end reads, in the types of JSON.
 
     Args:
-        sweep: The table.
+        sweep: The table; a ValueError if it has nothing to show.
         points: What is known for its way of cutting.
         keys: What can order components, `cpnb.truncation.KEYS`.
         live: Whether Python answers for other points.
-
-    Raises:
-        ValueError: If there is nothing to show.
     """
     whole = tuple(sweep.ranks.values())
     if len(points) < 2 or whole not in points:
@@ -113,13 +110,7 @@ def explorer_table(
 def sweep_page(
     sweep: RankSweep, keys: Mapping[str, Key], points: Points | None = None
 ) -> str:
-    """Make the rank explorer of a sweep as a page that loads nothing from anywhere.
-
-    Args:
-        sweep: The table.
-        keys: What can order components, `cpnb.truncation.KEYS`.
-        points: What is known for its way of cutting; None takes the table alone.
-    """
+    """Make a page of a sweep, or of more points, that loads nothing from anywhere."""
     table = explorer_table(sweep, points or sweep_points(sweep), keys, live=False)
     content = json.dumps(table, allow_nan=False, separators=(",", ":"))
     # "<" could end the element that the table is in; the export is for anywidget.

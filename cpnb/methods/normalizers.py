@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrizations, parametrize
@@ -30,8 +27,6 @@ from cpnb.methods.conditioning import RELU_GAIN, condition_, reparametrize_
 from cpnb.methods.scaling import Rescaling, rescale_
 
 _BATCH_NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
-_FIRST_ITERATIONS = 15  # of the power method, as torch takes them at the start
-_EPSILON = 1e-8  # of the paper of weight norm, beside the variance
 
 
 def normalize(
@@ -49,9 +44,6 @@ def normalize(
     torch's parametrizations on the kernels; such layers can be copied and saved, but
     not pickled before `remove_normalizer`. Options, with defaults:
 
-    - ``"weight_data_init"``: ``data``, a batch of standardised images.
-    - ``"standardized"``: ``gain=None`` for rows of standard deviation 1, which want a
-      norm layer behind them; a number divides by √fan_in, too, and does without.
     - ``"oni"``: ``iterations=5``, ``gain=√2``.
     - ``"conditioned"``: ``mode="row"``, ``detach=False``, ``gain=√2``; see
       `cpnb.methods.conditioning.condition_`.
@@ -72,13 +64,13 @@ def normalize(
     """
     if name not in NORMALIZERS:
         raise ValueError(f"name is {name!r}, expected one of {list(NORMALIZERS)}.")
-    return NORMALIZERS[name].function(model, skip, generator, **options)
+    return NORMALIZERS[name](model, skip, generator, **options)
 
 
 def remove_normalizer(model: nn.Module, *, keep_cp: bool = False) -> nn.Module:
     """Copy a model with stock layers in the place of reparametrised ones.
 
-    It computes the same function, after spectral norm that of evaluation.
+    It computes the same function.
 
     Args:
         model: Any module, also one without a normalizer.
@@ -196,81 +188,6 @@ def _weight(layer: Any, generator: torch.Generator | None) -> None:
     parametrizations.weight_norm(layer, dim=0)
 
 
-@torch.no_grad()
-def _weight_data_init(
-    model: nn.Module, skip: Skip, generator: torch.Generator | None, data: Tensor
-) -> nn.Module:
-    """Start v at random, then g and the bias so that outputs are standardised."""
-    new = _per_layer(_weight)(model, skip, generator)
-    handles: dict[nn.Module, Any] = {}
-
-    def standardize_output(layer: Any, inputs: Any, output: Tensor) -> Tensor:
-        handles.pop(layer).remove()
-        axis = 1 if hasattr(layer, "in_channels") else output.ndim - 1
-        others = [n for n in range(output.ndim) if n != axis]
-        variance, mean = torch.var_mean(output, others, correction=0, keepdim=True)
-        g = (variance + _EPSILON).rsqrt()
-        length = layer.parametrizations["weight"].original0
-        length.mul_(g.view(length.shape))
-        if layer.bias is None:
-            return output * g
-        layer.bias.copy_((-mean * g).flatten())
-        return (output - mean) * g
-
-    parametrized: list[Any] = [m for m in new.modules() if is_parametrized(m)]
-    for layer in parametrized:
-        kernel = layer.parametrizations["weight"]
-        drawn = _normal(kernel.original1.shape, generator, kernel.original1)
-        kernel.original1.copy_(0.05 * drawn)
-        kernel.original0.fill_(1)
-        if layer.bias is not None:
-            layer.bias.zero_()
-        handles[layer] = layer.register_forward_hook(standardize_output)
-    with evaluation_mode(new):  # no dropout, and batch norm as it is stored
-        new(data.to(next(new.parameters())))
-    return new
-
-
-def _normal(
-    size: Sequence[int], generator: torch.Generator | None, like: Tensor
-) -> Tensor:
-    """As torch's own starts, drawn in the dtype of ``like``."""
-    device = like.device if generator is None else generator.device
-    drawn = torch.randn(*size, generator=generator, device=device, dtype=like.dtype)
-    return drawn.to(like.device)
-
-
-def _spectral(layer: Any, generator: torch.Generator | None) -> None:
-    if generator is None:
-        parametrizations.spectral_norm(layer)
-        return
-    # On the meta device torch's constructor draws nothing from its own generator.
-    shell: Any = parametrizations.spectral_norm(copy.deepcopy(layer).to("meta"))
-    norm = shell.parametrizations["weight"][0]
-    matrix = layer.weight.detach().flatten(1)
-    u, v = (_normal((size,), generator, matrix) for size in matrix.shape)
-    norm._u = F.normalize(u, dim=0)
-    norm._v = F.normalize(v, dim=0)
-    norm._power_method(matrix, _FIRST_ITERATIONS)
-    parametrize.register_parametrization(layer, "weight", norm)
-
-
-def standardized(matrix: Tensor) -> Tensor:
-    """Rows of mean 0, over their standard deviation (of a sample) plus 1e-5."""
-    centered = matrix - matrix.mean(-1, keepdim=True)
-    variance = centered.square().sum(-1, keepdim=True) / (matrix.shape[-1] - 1)
-    alive = variance > 0  # the root has no gradient at 0
-    deviation = torch.where(alive, variance, 1).sqrt() * alive
-    return centered / (deviation + 1e-5)
-
-
-def _standardized(
-    layer: Any, generator: torch.Generator | None, gain: float | None = None
-) -> None:
-    factor = 1.0 if gain is None else gain / math.sqrt(layer.weight[0].numel())
-    reparametrize_(layer, factor, standardized)
-
-
 def orthogonalized(matrix: Tensor, iterations: int) -> Tensor:
     """Centre rows, then push all singular values up towards 1, none above (ONI).
 
@@ -337,42 +254,26 @@ def _canonical(
     return canonicalize(model, skip=skip, generator=generator, **options)
 
 
-@dataclass(frozen=True)
-class Normalizer:
-    """An entry of `NORMALIZERS`: ``function(model, skip, generator, **options)``."""
-
-    function: Callable[..., nn.Module]
-    needs_data: bool = False  # whether it takes ``data``, a batch of images
-
-
-NORMALIZERS: dict[str, Normalizer] = {
+# Called as ``function(model, skip, generator, **options)``.
+NORMALIZERS: dict[str, Callable[..., nn.Module]] = {
     # A copy of the model, to compare with.
-    "none": Normalizer(lambda model, skip, generator: copy.deepcopy(model)),
+    "none": lambda model, skip, generator: copy.deepcopy(model),
     # Behind every layer but the output; a model that has batch norm stays as it is.
     # Ioffe, Szegedy 2015, arXiv:1502.03167.
-    "batch": Normalizer(_batch),
+    "batch": _batch,
     # W = g v/‖v‖ for every output, length and direction apart; torch's. Salimans,
     # Kingma 2016, arXiv:1602.07868.
-    "weight": Normalizer(_per_layer(_weight)),
-    # The same with new weights, g and bias such that at the start the outputs on a
-    # batch have mean 0 and variance 1. Ibid., section 3.
-    "weight_data_init": Normalizer(_weight_data_init, needs_data=True),
-    # W = V/‖V‖₂ of the (out, fan_in) matrix by power iteration, torch's; the scale is
-    # lost. Miyato et al. 2018, arXiv:1802.05957.
-    "spectral": Normalizer(_per_layer(_spectral)),
-    # W = (V − mean)/(deviation + 1e-5) for every output but the last layer's, before a
-    # norm layer. Qiao et al. 2019, arXiv:1903.10520.
-    "standardized": Normalizer(_per_layer(_standardized, output=False)),
+    "weight": _per_layer(_weight),
     # Centred rows, orthogonalised by Newton's iteration, times a gain. Huang et al.
     # 2020, arXiv:2004.00917.
-    "oni": Normalizer(_per_layer(_oni)),
+    "oni": _per_layer(_oni),
     # W = gain · EV with E from the norms of V's rows, columns or both, see
     # `cpnb.methods.conditioning`.
-    "conditioned": Normalizer(_per_layer(_conditioned, factored=CPLayer)),
+    "conditioned": _per_layer(_conditioned, factored=CPLayer),
     # Weights moved along the symmetry of ReLU, now and after training steps (SBWN),
     # see `cpnb.methods.scaling`.
-    "scaling": Normalizer(_scaling, needs_data=True),
+    "scaling": _scaling,
     # CWN: every layer in CP form, W = σ Σ_r λ_r â_r∘b̂_r∘ĉ_r∘d̂_r. Veeramacheneni et
     # al. 2022, arXiv:2206.01509.
-    "canonical": Normalizer(_canonical),
+    "canonical": _canonical,
 }

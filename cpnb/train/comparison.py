@@ -41,7 +41,7 @@ REGISTRY: dict[str, Callable[..., Any]] = {
     "NestedRank": NestedRank,
     "FrobeniusDecay": FrobeniusDecay,
     "ProximalL1": ProximalL1,
-    **{name: partial(each.function, skip=()) for name, each in NORMALIZERS.items()},
+    **{name: partial(function, skip=()) for name, function in NORMALIZERS.items()},
 }
 
 # A network's random numbers and the order of the images come from different seeds.
