@@ -98,9 +98,7 @@ class ResNet(nn.Module):
         generator: Generator | None = None,
     ) -> None:
         super().__init__()
-        blocks, rest = divmod(depth - 2, 6)
-        if rest or blocks < 1:
-            raise ValueError(f"depth is {depth}, expected 6·blocks + 2, as 20 or 32.")
+        blocks = (depth - 2) // 6
         channels = 16 * width
         self.conv1 = _conv(3, channels)
         self.bn1 = nn.BatchNorm2d(channels)

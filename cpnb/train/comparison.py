@@ -251,6 +251,7 @@ def compare(
     device: str = "cpu",
     executor: Executor | None = None,
     path: str | Path | None = None,
+    limit: float = math.inf,
     progress: bool = True,
 ) -> Comparison:
     """Tune the rate of each recipe, train it from fresh seeds, and test each network.
@@ -273,6 +274,7 @@ def compare(
         device: Device to train on.
         executor: Trains in other processes, where the same must be registered.
         path: Folder of the record, to which each training is written when it ends.
+        limit: Seconds after which no further training begins.
         progress: Show a progress bar over the trainings.
     """
     from tqdm import tqdm
@@ -319,24 +321,29 @@ def compare(
             bar.set_postfix_str("{recipe}, lr {lr:g}: {status}".format(**run))
             bar.update()
 
-        while cells := plan.missing():
+        end = time.monotonic() + limit
+        while (cells := plan.missing()) and time.monotonic() < end:
             bar.total = bar.n + len(cells)
             tasks = [(c, plan.recipe(*c[:2]), data, measure, device) for c in cells]
-            _run(tasks, executor, take)
+            _run(tasks, executor, take, end)
     return plan
 
 
-def _run(tasks: list[tuple[Any, ...]], executor: Executor | None, take: Any) -> None:
+def _run(tasks: list[tuple], executor: Executor | None, take: Any, end: float) -> None:
     """Do trainings here or through an executor, and take each as soon as it ended."""
     if executor is None:
         for task in tasks:
-            take(*train_cell(*task))
+            if time.monotonic() < end:
+                take(*train_cell(*task))
         return
     waiting = {executor.submit(train_cell, *task) for task in tasks}
     try:
         for future in as_completed(list(waiting)):
-            take(*future.result())
+            if not future.cancelled():
+                take(*future.result())
             waiting.remove(future)
+            for other in waiting if time.monotonic() > end else ():
+                other.cancel()
     finally:  # after Ctrl-C or an error: begin nothing, lose nothing that ended
         for future in waiting:
             if not future.cancel() and future.done() and not future.exception():

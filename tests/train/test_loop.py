@@ -288,19 +288,6 @@ def test_fit_compiled_agrees_with_plain(monkeypatch):
     assert modes == [None, "reduce-overhead"]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("options", [{}, {"amp": True}, {"compile": "reduce-overhead"}])
-def test_fit_trains_on_a_gpu_as_on_the_cpu(digits, options):
-    plain, moved = (DigitsNet(generator=seeded(1)) for _ in range(2))
-    settings = {"epochs": 3, "augment": Augment(crop=1, flip=False), **QUIET}
-    state = torch.cuda.get_rng_state()
-    expected = fit(plain, digits, **settings).history
-    history = fit(moved.cuda(), digits, **settings, **options).history
-    assert torch.equal(state, torch.cuda.get_rng_state())
-    for cpu, gpu in zip(expected, history, strict=True):
-        assert gpu["train_loss"] == pytest.approx(cpu["train_loss"], rel=0.05)
-
-
 @pytest.mark.parametrize("value", ["1", "True", "0", "no", ""])
 def test_fast_mode_reads_the_environment(monkeypatch, value):
     monkeypatch.setenv("CPNB_FAST", value)
