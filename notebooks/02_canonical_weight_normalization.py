@@ -35,7 +35,7 @@ import cpnb
 from cpnb.cp import component_gram, normalize_columns
 from cpnb.explore import explore, plots, step_spectrum
 from cpnb.layers import COLUMN
-from cpnb.train import fast_mode
+from cpnb.train import fast_mode, paired_difference
 from cpnb.truncation import select_components
 
 plots.use_style()
@@ -769,26 +769,16 @@ print(f"one image is {1 / 359:.2%}; another test set of this size: ± {error:.2%
 
 # %% [markdown]
 # The same seed gives every method the same dense start and the same order of images, so
-# the fair question is the *difference* per seed. We call a difference seen when its
-# mean exceeds twice its standard error, a rough rule at this $n$.
-
+# the fair question is the *difference* per seed, with its 95 % interval (Student's
+# $t$): where that holds zero, the two are *not told apart*, as in every notebook.
 
 # %%
-def verdict(method, values, reference):
-    """One sentence on the paired differences to plain training."""
-    gap = values - reference
-    error = gap.std() / len(gap) ** 0.5
-    seen = "no difference seen"
-    if gap.mean().abs() > 2 * error:
-        seen = "better than plain" if gap.mean() > 0 else "worse than plain"
-    points = f"{100 * gap.mean():+.2f} ± {100 * error:.2f} points"
-    return (
-        f"{METHODS[method]}: {points} (mean ± standard error, n = {len(gap)}), {seen}."
-    )
-
-
+print("points of test accuracy against plain training")
 for method in list(METHODS)[1:]:
-    print(verdict(method, tested[method], tested["dense"]))
+    gap = paired_difference(100 * tested[method], 100 * tested["dense"])
+    print(f"{METHODS[method]:26} {gap}")
+
+# %%
 early = {m: torch.tensor([r.history[1]["train_loss"] for r in races[m]]) for m in races}
 ranked = sorted(early, key=lambda m: early[m].mean().item())
 print(
@@ -801,9 +791,9 @@ print(
 # %% [markdown]
 # **How far this answer reaches.** The sentences above are about one small network on
 # one small data set, plain SGD, a constant learning rate and few epochs, with one fixed
-# split of the data. The standard errors speak of seeds, not of other images. A single
-# seed that jumps at the end can widen a standard error so far that a difference of some
-# points does not count as seen: that is no sign that two methods are equal. Rates were
+# split of the data. The intervals speak of seeds, not of other images. A single seed
+# that jumps at the end can widen an interval so far that a difference of some points is
+# not told apart: that is no sign that two methods are equal. Rates were
 # tuned on a coarse grid with few seeds; every method could gain from a finer search. At
 # the break-even rank the canonical network holds about as many parameters as the plain
 # one, so nothing here is compression; that is what `05_truncation` is about.

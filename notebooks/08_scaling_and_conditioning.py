@@ -36,7 +36,7 @@ from cpnb.explore import (
     spectrum_report,
     top_hessian_eigenvalue,
 )
-from cpnb.train import fast_mode
+from cpnb.train import fast_mode, paired_difference
 
 plots.use_style()
 torch.set_num_threads(1)  # small tensors: a second thread mostly waits for the first
@@ -434,17 +434,13 @@ plt.show()
 # %%
 def verdict(method, reference):
     """One line on the paired differences in test accuracy."""
-    gap = 100 * (tested[method] - tested[reference])
-    error = gap.std() / len(gap) ** 0.5
-    seen = "no difference seen"
-    if gap.mean().abs() > 2 * error:
-        seen = "better" if gap.mean() > 0 else "worse"
-    lower = int((gap < 0).sum())
-    return f"{gap.mean():+.2f} ± {error:.2f}, lower in {lower} of {len(gap)} ({seen})"
+    gap = paired_difference(100 * tested[method], 100 * tested[reference])
+    lower = int((tested[method] < tested[reference]).sum())
+    return f"{gap}, lower in {lower}"
 
 
 print(f"test accuracy after {EPOCHS} epochs, mean ± std over n = {len(SEEDS)} seeds;")
-print("then points against the well scaled network, mean ± standard error, pairs")
+print("then points against the well scaled network, paired, with 95 % intervals")
 for method, values in tested.items():
     gap = "" if method == "well scaled" else verdict(method, "well scaled")
     lost = sum(run.status == "diverged" for run in races[method])
@@ -453,9 +449,9 @@ for method, values in tested.items():
     print(f"{method:20} rate {best[method]:<6g} {share}   {gap}".rstrip())
 
 # %% [markdown]
-# A rough rule at this $n$: a difference is called seen when its mean exceeds twice its
-# standard error. With so few seeds "no difference seen" says little; where a run
-# diverged the error is so large that medians and the count of pairs say more.
+# Intervals are Student's, as in every notebook. With so few seeds "not told apart" says
+# little; where a run diverged the interval is so wide that medians and the count of
+# seeds that are lower say more.
 #
 # Section 2 says that each unit of the ill scaled network has a learning rate of its
 # own. The angle by which a row turns in training does not depend on its length, so it

@@ -64,6 +64,8 @@ def plot_training(
 ) -> Axes:
     """Draw how the training of each method goes: mean and ± 1 standard deviation.
 
+    Bands of accuracies end at 0 and 1; canonical networks have thick lines.
+
     Args:
         runs: A `Run`, or several that differ in the seed, by method; or a table of
             curves with the columns ``recipe``, ``seed``, ``epoch`` and the measures.
@@ -85,8 +87,10 @@ def plot_training(
         mean = values[name].mean(0)
         if count > 1:
             spread = values[name].std(0, ddof=1)
-            band: dict[str, Any] = {"color": style.color, "alpha": 0.18, "linewidth": 0}
-            ax.fill_between(x, mean - spread, mean + spread, **band)
+            band = [mean - spread, mean + spread]
+            band = np.clip(band, 0, 1) if measure.endswith("accuracy") else band
+            look: dict[str, Any] = {"color": style.color, "alpha": 0.18, "linewidth": 0}
+            ax.fill_between(x, *band, **look)
         _draw_line(ax, x, mean, style, number / len(values))
         ends.append((x[-1], mean[-1], style))
     label = "seconds per epoch" if measure == "seconds" else measure.replace("_", " ")
@@ -270,6 +274,8 @@ def _draw_line(ax: Axes, x: Any, y: Any, style: MethodStyle, phase: float) -> No
     """Draw a line with a few markers; ``phase`` keeps them apart from other lines'."""
     step = max(1, math.ceil(len(y) / 12))
     (line,) = ax.plot(x, y, color=style.color, marker=style.marker, label=style.label)
+    if style.label.startswith("canonical"):
+        line.set_linewidth(1.6 * line.get_linewidth())
     line.set_markevery((int(phase * step), step))
 
 

@@ -238,6 +238,19 @@ class Comparison:
         table["best_epoch"] = peaks.groupby("recipe").epoch.mean()
         return table.join(groups[["seconds", "images_per_second"]].mean())
 
+    def against(self, reference: str) -> pd.DataFrame:
+        """Test accuracy of each recipe less that of one, in points, seed by seed.
+
+        A row per recipe: ``mean``, ``half`` of its 95 % interval, ``n`` and
+        ``told_apart``, see `paired_difference`.
+        """
+        finals = self.finals.assign(points=100 * self.finals.test_accuracy)
+        points = finals.pivot(index="seed", columns="recipe", values="points")
+        names = [name for name in self.recipes if name in points]
+        rows = [paired_difference(points[n], points[reference]) for n in names]
+        table = pd.DataFrame(rows, index=names)
+        return table.assign(told_apart=[row.told_apart for row in rows])
+
 
 def compare(
     recipes: Sequence[Recipe],
@@ -427,6 +440,11 @@ class Difference(NamedTuple):
     def told_apart(self) -> bool:
         """Whether the interval leaves out zero."""
         return abs(self.mean) > self.half
+
+    def __str__(self) -> str:
+        """In words, as ``+2.00 ± 2.48, n = 3, not told apart``."""
+        words = "told apart" if self.told_apart else "not told apart"
+        return f"{self.mean:+.2f} ± {self.half:.2f}, n = {self.n}, {words}"
 
 
 def paired_difference(values: Any, reference: Any) -> Difference:

@@ -55,26 +55,18 @@ def boxes(ax):
     return [text.get_window_extent() for text in ax.texts]
 
 
-def test_methods_differ_in_colour_or_marker_from_all_they_are_drawn_with():
+def test_methods_differ_in_colour_and_marker_from_all_they_are_drawn_with():
     names = list(plots.METHOD_STYLES)
-    places = [names.index(name) for name in ("canonical-unified", "low-rank", "lam")]
-    starts, factorized, dropped = places
-    # Normalizations with and without the starts of a canonical network; the rest.
-    families = [
-        names[:starts],
-        names[:factorized],
-        ["dense", *names[factorized:dropped]],
-        ["lam", "lam+refit", "greedy", "greedy+refit", "fresh"],
-        ["lam", "greedy", "gradient", "hessian", "activation", "random"],
-    ]
-    for family in families:
-        styles = {name: plots.METHOD_STYLES[name][1:] for name in family}
-        styles.pop("dense", None)  # looks as "none", which is the same network
-        styles.pop("canonical", None)  # looks as its default start
-        assert len(set(styles.values())) == len(styles)
-        assert {color for color, _ in styles.values()} <= OKABE_ITO | {"#555555"}
-    grey = [name for name in names if plots.METHOD_STYLES[name].color == "#555555"]
-    assert grey == ["dense", "none", "random"]
+    compared, factorised = names[1 : names.index("low-rank")], ["dense", "low-rank"]
+    factorised += ["SI", "FD", "SI+FD", "CP"]
+    dropped = ["lam", "lam+refit", "greedy", "greedy+refit", "fresh"]
+    keys = ["lam", "greedy", "gradient", "hessian", "activation", "random"]
+    for family in ([*compared, "SI+FD"], factorised, dropped, keys):
+        looks = [plots.METHOD_STYLES[name] for name in family]
+        for part in ("color", "marker"):
+            assert len({getattr(look, part) for look in looks}) == len(family), family
+    used = {look.color for look in plots.METHOD_STYLES.values()}
+    assert used <= OKABE_ITO | {"#555555", "#000000", "#994f00"}
 
 
 def test_plot_training_draws_mean_and_sample_deviation():
