@@ -65,15 +65,19 @@ def test_layout_is_told_apart_also_for_a_single_channel(channels):
 # https://github.com/uxlfoundation/oneDNN/issues/6035.
 BACKWARD_PASSES = """
 import copy, torch, cpnb
+from cpnb.methods import LowRankConv2d
 torch.manual_seed(0)
 torch.set_num_threads(1)
 layouts = {4: torch.channels_last, 5: torch.channels_last_3d}
 cases = [(cpnb.CPConv1d, 9, 1), (cpnb.CPConv2d, 9, 1), (cpnb.CPConv3d, 5, 1)]
 cases += [(cpnb.CPConv2d, 9, (1, 3)), (cpnb.CPConv2d, 9, 3)]
+cases += [(LowRankConv2d, 9, 1), (LowRankConv2d, 9, 3)]
 for kind, size, window in cases:
     for mode in ("dense", "chain"):
         for channels in ((8, 24), (3, 5), (1, 4)):
-            options = {"stride": 2, "rank": 2, "forward_mode": mode}
+            options = {"stride": 2, "rank": 2}
+            if kind is not LowRankConv2d:
+                options["forward_mode"] = mode
             layer = kind(*channels, window, **options)
             exact = copy.deepcopy(layer).double()
             ndim = len(layer.kernel_size)

@@ -171,6 +171,13 @@ def test_command_says_when_the_device_is_missing(command, tiny, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_readme_says_how_long_the_list_for_a_gpu_takes(capfd):
+    experiments.main(["gpu", "--dry-run"])
+    (total,) = re.findall(r"in all (\d+ minutes on one H100)", capfd.readouterr().out)
+    text = " ".join((RESULTS.parents[1] / "README.md").read_text().split())
+    assert f"{total} (estimated" in text
+
+
 @pytest.mark.slow
 def test_gpu_command_does_all_of_its_list_and_keeps_to_its_time(
     command, tiny, tmp_path, monkeypatch

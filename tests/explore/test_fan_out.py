@@ -33,20 +33,6 @@ def smooth(**options):
     return Net(lambda net, x: F.silu(net.layer(x)), layer=conv(4, 6, 3, **options))
 
 
-def pooled_in_place():
-    def function(net, x):
-        return net.pool(net.relu(net.layer(x)))
-
-    parts = {"relu": nn.ReLU(inplace=True), "pool": nn.MaxPool2d(2)}
-    return Net(function, layer=conv(4, 6, 3), **parts)
-
-
-def views(net, x):
-    """What channels_last layouts refuse."""
-    hidden = net.layer(x)
-    return hidden.view(hidden.size(0), -1).relu()
-
-
 def chain():
     """Two convolutions with batch norm between, then two linear layers."""
 
@@ -67,21 +53,6 @@ def chain():
     )
 
 
-def mlp():
-    def function(net, x):
-        return net.last(net.layer(net.first(x.flatten(1)).relu()).tanh())
-
-    linear = [cpnb.CPLinear(*sizes, rank=5) for sizes in ((256, 9), (9, 8), (8, 7))]
-    return Net(function, **dict(zip(("first", "layer", "last"), linear, strict=True)))
-
-
-def linear_then_convolution():
-    def function(net, x):
-        return net.layer(net.mix(x))
-
-    return Net(function, mix=cpnb.CPLinear(8, 8, rank=6), layer=conv(4, 6, 3))
-
-
 NETS = {
     "stride and dilation": lambda: smooth(stride=(2, 1), dilation=(1, 2)),
     "groups": lambda: smooth(groups=2, bias=False),
@@ -96,8 +67,12 @@ NETS = {
         lambda net, x: F.max_pool2d(net.layer(x[:, :1]), 2), layer=conv(1, 6, 3)
     ),
     "one channel out": lambda: Net(lambda net, x: net.layer(x), layer=conv(4, 1, 3)),
-    "in place": pooled_in_place,
-    "view": lambda: Net(views, layer=conv(4, 6, 3)),
+    "in place": lambda: Net(
+        lambda net, x: F.max_pool2d(net.layer(x).relu_(), 2), layer=conv(4, 6, 3)
+    ),
+    "view": lambda: Net(  # what channels_last layouts refuse
+        lambda net, x: net.layer(x).view(-1, 216).relu(), layer=conv(4, 6, 3)
+    ),
     "by keyword": lambda: Net(
         lambda net, x: net.layer(input=x.flatten(1)),
         layer=cpnb.CPLinear(256, 6, rank=5),
@@ -118,8 +93,17 @@ NETS = {
         layer=conv(1, 6, 3, kind=cpnb.CPConv3d, padding=1),
     ),
     "chain": chain,
-    "mlp": mlp,
-    "linear then convolution": linear_then_convolution,
+    "mlp": lambda: Net(
+        lambda net, x: net.last(net.layer(net.first(x.flatten(1)).relu()).tanh()),
+        first=cpnb.CPLinear(256, 9, rank=5),
+        layer=cpnb.CPLinear(9, 8, rank=5),
+        last=cpnb.CPLinear(8, 7, rank=5),
+    ),
+    "linear then convolution": lambda: Net(
+        lambda net, x: net.layer(net.mix(x)),
+        mix=cpnb.CPLinear(8, 8, rank=6),
+        layer=conv(4, 6, 3),
+    ),
 }
 
 
@@ -198,32 +182,18 @@ def test_all_layers_together_run_the_first_ones_once_for_each_of_their_ranks(ima
     assert len(calls) <= 12 < sweep.table["parameters"].nunique()
 
 
-def residual(net, x):
-    return x + net.layer(x)
-
-
-def mixes_images(net, x):
-    hidden = net.layer(x)
-    return hidden - hidden.mean(0)
-
-
-def counts_images(net, x):
-    return net.layer(x).reshape(x.shape[0], -1)
-
-
-def ignores(net, x):
-    net.layer(x)
-    return x
+OTHER_SCORES = "ranks that go together have other scores"
 
 
 @pytest.mark.parametrize(
     ("function", "reason"),
     [
-        (residual, "RuntimeError, The size of tensor"),
-        (mixes_images, "ranks that go together have other scores"),
-        (counts_images, "RuntimeError, mat1 and mat2"),
-        (ignores, "ranks that go together have other scores"),
+        (lambda net, x: x + net.layer(x), "RuntimeError, The size of tensor"),
+        (lambda net, x: net.layer(x).softmax(0), OTHER_SCORES),
+        (lambda net, x: net.layer(x).reshape(len(x), -1), "RuntimeError, mat1"),
+        (lambda net, x: (net.layer(x), x)[1], OTHER_SCORES),
     ],
+    ids=["adds the input", "mixes images", "counts images", "ignores the layer"],
 )
 def test_networks_that_cannot_go_together_are_measured_one_by_one_and_say_so(
     function, reason, images
@@ -252,8 +222,6 @@ def test_low_precision_is_measured_one_by_one(images):
     data = labelled(net, images.bfloat16())
     sweep = rank_sweep(net, data, ranks={"layer": None}, progress=False)
     assert sweep.methods["layer"].startswith("one by one")
-    for rank, accuracy in zip(
-        sweep.table["rank"], sweep.table["accuracy"], strict=True
-    ):
-        cut = cpnb.truncate(net, rank=int(rank))
-        assert accuracy == cpnb.accuracy(cut, data)
+    for row in sweep.table.to_dict("records"):
+        cut = cpnb.truncate(net, rank=row["rank"])
+        assert row["accuracy"] == cpnb.accuracy(cut, data)

@@ -6,7 +6,6 @@ import math
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations
 from torch.testing import assert_close
 
 import cpnb
@@ -86,51 +85,21 @@ def test_conditioned_kernel_equals_loops(kind, mode):
     assert rows.mean().item() == pytest.approx(2, rel=1e-9)
 
 
-def test_conditioned_rows_are_weight_norm_with_frozen_g():
-    source = nn.Conv2d(4, 6, 3, groups=2).double()
-    ours = normalize(source, "conditioned", gain=1.0)
-    torchs = parametrizations.weight_norm(copy.deepcopy(source))
-    kernel = torchs.parametrizations.weight
-    nn.init.ones_(kernel.original0)
-    kernel.original0.requires_grad_(False)
-    images = torch.randn(2, 4, 5, 5, dtype=torch.float64)
-    for _ in range(3):
-        for layer in (ours, torchs):
-            layer.zero_grad()
-            layer(images).pow(3).sum().backward()
-            with torch.no_grad():
-                for p in layer.parameters():
-                    if p.grad is not None:
-                        p -= 0.01 * p.grad
-        gradient = ours.parametrizations.weight.original.grad
-        assert_close(gradient, kernel.original1.grad)
-        assert_close(ours.weight, torchs.weight)
-
-
-def test_conditioned_with_detach_drops_the_projection():
-    source = nn.Linear(5, 3).double()
-    features = torch.randn(4, 5, dtype=torch.float64)
-    gradients = {}
-    for detach in (False, True):
-        layer = normalize(source, "conditioned", detach=detach, gain=1.0)
-        layer(features).pow(2).sum().backward()
-        gradients[detach] = layer.parametrizations.weight.original.grad
-    rows = source.weight.detach()
-    along = (gradients[False] * rows).sum(1)
-    assert_close(along, torch.zeros(3, dtype=torch.float64))
-    assert (gradients[True] * rows).sum(1).abs().min() > 1e-3
-    units = rows / rows.norm(dim=1, keepdim=True)
-    radial = (gradients[True] * units).sum(1, keepdim=True) * units
-    assert_close(gradients[True] - radial, gradients[False])
-
-
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("detach", [False, True])
-def test_conditioned_passes_gradcheck_unless_detached(mode, detach):
+def test_conditioned_has_its_gradient_or_with_detach_that_of_constant_scales(
+    mode, detach
+):
     layer = normalize(nn.Linear(4, 3).double(), "conditioned", mode=mode, detach=detach)
     module = layer.parametrizations.weight[0]
     kernel = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(module, kernel, raise_exception=False) != detach
+    if not detach:
+        assert torch.autograd.gradcheck(module, kernel)
+        return
+    slope = torch.randn(3, 4, dtype=torch.float64)
+    result = module(kernel)
+    result.backward(slope)
+    assert_close(kernel.grad, slope * result.detach() / kernel.detach())
 
 
 @pytest.mark.parametrize("mode", MODES)

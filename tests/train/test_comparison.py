@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, replace
 from functools import partial
 from multiprocessing import get_context
@@ -232,6 +232,19 @@ def test_compare_takes_more_recipes_rates_and_seeds_later(copied, trained):
     assert list(found.runs.recipe.unique()) == ["none", "canonical", "more"]
 
 
+@pytest.mark.parametrize("executor", [False, True])
+def test_compare_begins_no_training_after_its_limit(trained, monkeypatch, executor):
+    early = [0] * (2 if executor else 3)  # begun, a look, before the first training
+    now = iter([*early, *[100] * 99])
+    monkeypatch.setattr(comparison.time, "monotonic", lambda: next(now))
+    with ThreadPoolExecutor(1) as pool:
+        where = {"executor": pool} if executor else {}
+        found = compare(RECIPES, SMALL, **PLAN, limit=10, **where)
+    # A pool may have taken one more before it hears of it.
+    assert 1 <= len(found.runs) == len(trained) <= 1 + executor
+    assert found.missing()
+
+
 def test_save_leaves_whole_files(folder, copied, monkeypatch):
     def fails(self, target):
         raise OSError("the disk is full")
@@ -427,6 +440,17 @@ def test_table_is_what_one_computes_by_hand():
     assert len(more.finals) == 0
 
 
+def test_against_is_the_difference_of_test_accuracies_seed_by_seed(folder):
+    found = Comparison.load(folder)
+    tests = found.finals.set_index(["recipe", "seed"]).test_accuracy
+    first, second = (100 * (tests["canonical", n] - tests["none", n]) for n in (0, 1))
+    row = found.against("none").loc["canonical"]
+    assert row["mean"] == pytest.approx((first + second) / 2)
+    deviation = abs(first - second) / 2**0.5
+    assert row.half == pytest.approx(12.706 * deviation / 2**0.5, rel=1e-4)
+    assert row.n == 2 and row.told_apart == (abs(row["mean"]) > row.half)
+
+
 @pytest.mark.parametrize(
     ("values", "told_apart"),
     [([1.1, 2.2, 3.3], False), ([1.1, 2.15, 3.1], True), ([0.2, 0.9, 2.2], True)],
@@ -439,6 +463,7 @@ def test_paired_difference_is_students_interval(values, told_apart):
     assert ends == pytest.approx((interval.low, interval.high))
     assert found.told_apart is told_apart and found.n == 3
     assert paired_difference([2.0], [1.0]).told_apart is False
+    assert f", n = 3, {'' if told_apart else 'not '}told apart" in str(found)
 
 
 def test_paired_difference_pairs_series_by_seed():
