@@ -17,9 +17,7 @@ Where the rest is:
 ``import cpnb`` loads torch and numpy only; what needs more loads it when first used.
 """
 
-import tomllib
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpnb.convert import canonicalize, cp_layers, from_layer, step_gauge_, to_dense
@@ -63,13 +61,10 @@ def __getattr__(name: str) -> Any:
     for tier, names in _LAZY.items():
         if name in names.split():
             return getattr(import_module(f"cpnb.{tier}"), name)
-    moved = tomllib.loads(Path(__file__).with_name("moved.toml").read_text("utf-8"))
-    hints = [f" Use {to}." for to, names in moved.items() if name in names.split()]
-    core = ["cp", "decompose", "initializers", "layers", "truncation"]
-    for module in [] if name.startswith("_") else [*core, *_LAZY]:
-        if name in import_module(f"cpnb.{module}").__all__:
-            hints.append(f" Since version 0.2 it is cpnb.{module}.{name}.")
-    raise AttributeError(f"module 'cpnb' has no attribute {name!r}.{''.join(hints)}")
+    raise AttributeError(
+        f"module 'cpnb' has no attribute {name!r}; help(cpnb) says where what is, and "
+        "CHANGELOG.md where the names of version 0.1 went."
+    )
 
 
 def __dir__() -> list[str]:

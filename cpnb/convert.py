@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from cpnb.cp import CPForm, Rank, exact_rank, resolve_rank
 from cpnb.initializers import FITS, resolve_init
-from cpnb.layers import CPConv1d, CPConv2d, CPConv3d, CPLayer, CPLinear, FactoredLayer
+from cpnb.layers import CP_KINDS, CPLayer, FactoredLayer
 
 __all__ = ["canonicalize", "cp_layers", "from_layer", "step_gauge_", "to_dense"]
 
@@ -25,9 +25,6 @@ LOSS = 0.1  # share of the kernels' squared norm; a fit that loses more says so
 Skip = str | Iterable[str] | Callable[[str, nn.Module], bool]
 Ranks = Rank | Mapping[str, Rank]
 
-CP_KINDS: dict[type, type[CPLayer]] = {
-    kind.stock: kind for kind in (CPConv1d, CPConv2d, CPConv3d, CPLinear)
-}
 _RELATED = (nn.modules.conv._ConvNd, nn.Linear, nn.LazyLinear, nn.Bilinear)
 
 
@@ -44,7 +41,7 @@ def from_layer(
     that loses more than a tenth of the kernel (in squared norm) gives a warning.
 
     Args:
-        layer: An `nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d` or `nn.Linear`.
+        layer: A convolution of torch, perhaps a transposed one, or an `nn.Linear`.
         rank: As in `CPConv2d`, or a function such as ``cpnb.methods.fit_rank(0.1)``.
         init: ``"power"`` or ``"als"`` fit the layer's kernel and keep its norm; the
             random starts keep only its shape.

@@ -1,4 +1,4 @@
-"""What a convolution does besides its kernel: geometry, layout, the chain's stages."""
+"""What CP and low-rank layers share: arguments, geometry, the stages of a chain."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -13,32 +13,77 @@ from cpnb.cp import columnwise_kronecker
 _CONV: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
+class FactoredLayer(nn.Module):
+    """A layer whose kernel is made of factors and stands for one of torch's layers.
+
+    Attributes:
+        stock: The torch class this layer stands for.
+        kernel_shape: Shape of the full kernel, ``(out, in / groups, *kernel_size)``.
+        groups: Groups of the convolution; 1 for a linear layer.
+        bias: Shape ``(out,)``, or None.
+        factor_names: Parameters whose product is the kernel: Frobenius decay of the
+            kernel takes the place of theirs.
+        no_decay: Parameters that no weight decay presses on.
+    """
+
+    stock: type[nn.Module]
+    argument_names: tuple[str, ...] = ("in_features", "out_features", "bias")
+    factor_names: tuple[str, ...] = ()
+    no_decay: tuple[str, ...] = ()
+    kernel_shape: tuple[int, ...]
+    groups: int = 1
+    rank: Any
+    break_even_rank: Any
+    bias: nn.Parameter | None
+
+    @classmethod
+    def arguments(cls, layer: Any) -> list[Any]:
+        """Positional arguments that rebuild ``layer``, stock or of this class."""
+        values = [getattr(layer, name) for name in cls.argument_names]
+        where = cls.argument_names.index("bias")
+        return [*values[:where], layer.bias is not None, *values[where + 1 :]]
+
+    @property
+    def dense_parameters(self) -> int:
+        """Parameters of the dense layer, bias included."""
+        bias = 0 if self.bias is None else self.bias.numel()
+        return math.prod(self.kernel_shape) + bias
+
+    def extra_repr(self) -> str:
+        """Torch's own text, then the rank against break-even."""
+        # Not of a stock layer made for it: vmap prints layers, and allows no draws.
+        stock = self.stock.extra_repr(self)
+        stock = stock.replace("in_features=", "").replace("out_features=", "")
+        share = self.rank / self.break_even_rank
+        return (
+            f"{stock.removesuffix(', bias=True')}, rank={self.rank} ({share:.2f} of "
+            f"break-even {self.break_even_rank})"
+        )
+
+    def __repr__(self) -> str:
+        """One line: the factors are sizes the reader can work out."""
+        return f"{type(self).__name__}({self.extra_repr()})"
+
+
 class ConvGeometry:
     """What a convolution does besides its kernel, for layers of this package."""
 
     argument_names: tuple[str, ...] = (
-        "in_channels",
-        "out_channels",
-        "kernel_size",
-        "stride",
-        "padding",
-        "dilation",
-        "groups",
-        "bias",
-        "padding_mode",
-    )
+        "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation",
+        "groups", "bias", "padding_mode",
+    )  # fmt: skip
 
-    def set_geometry(self, stock: type[nn.Module], *arguments: Any) -> torch.Size:
-        """Take torch's arguments, all of `argument_names`; returns the kernel shape."""
+    def set_geometry(self, stock: Any, *arguments: Any, **named: Any) -> torch.Size:
+        """Take torch's arguments, `argument_names`; returns the kernel shape."""
         # Torch checks and expands its own arguments; on meta that costs nothing.
-        made: Any = stock(*arguments, device="meta")
+        made = stock(*arguments, **named, device="meta")
         self.in_channels = made.in_channels
         self.out_channels = made.out_channels
         self.kernel_size = made.kernel_size
         self.stride = made.stride
         self.padding = made.padding
         self.dilation = made.dilation
-        self.output_padding = made.output_padding  # for torch's text of a layer
+        self.output_padding = made.output_padding
         self.groups = made.groups
         self.padding_mode = made.padding_mode
         return made.weight.shape
@@ -108,9 +153,7 @@ def conv_branches(
     source, *spatial = factors
     rank = lam.numel()
     channels = source.shape[0]
-    # λ scales the window, the smallest of the three weights, as in the rebuild.
-    window = (columnwise_kronecker(spatial) * lam).T
-    window = window.reshape(rank, 1, *(len(f) for f in spatial))
+    window = _weighted_window(lam, spatial)
     mix = source.T.reshape(rank, channels, *(1,) * len(spatial))
     hidden = images.unflatten(1, (groups, channels)).flatten(0, 1)
     if channels == 1 or window[0].numel() == 1:  # one of the two stages is a scaling
@@ -118,6 +161,33 @@ def conv_branches(
     else:
         hidden = convolve(convolve(hidden, mix), window, groups=rank, **geometry)
     return hidden.unflatten(0, (images.shape[0], groups))
+
+
+def transposed_branches(
+    images: Tensor, lam: Tensor, factors: Sequence[Tensor], groups: int, **geometry: Any
+) -> Tensor:
+    """The same for a transposed convolution, whose input factor the groups slice."""
+    source, *spatial = factors
+    ones = (1,) * len(spatial)
+    mix = source.unflatten(0, (groups, -1)).mT.flatten(0, 1)  # (groups·rank, in/groups)
+    hidden = convolve(images, mix.reshape(*mix.shape, *ones), groups=groups)
+    window = _weighted_window(lam, spatial).repeat(groups, 1, *ones)
+    hidden = convolve_transposed(hidden, window, groups=len(window), **geometry)
+    return hidden.unflatten(1, (groups, -1))
+
+
+def _weighted_window(lam: Tensor, spatial: Sequence[Tensor]) -> Tensor:
+    """λ scales the smallest of the three weights, as in the rebuild."""
+    window = (columnwise_kronecker(spatial) * lam).T
+    return window.reshape(lam.numel(), 1, *(len(f) for f in spatial))
+
+
+def convolve_transposed(
+    images: Tensor, kernel: Tensor, bias: Tensor | None = None, **geometry: Any
+) -> Tensor:
+    """Torch's transposed convolution in one, two or three dimensions."""
+    function = getattr(F, f"conv_transpose{kernel.ndim - 2}d")
+    return function(images, kernel, bias, **geometry)
 
 
 def is_channels_last(images: Tensor) -> bool:

@@ -49,11 +49,6 @@ class CPResult:
     iterations: int
     seconds: float
 
-    @property
-    def fit(self) -> float:
-        """``1 − relative_error``."""
-        return 1 - self.relative_error
-
 
 def power_method(
     kernel: Tensor,

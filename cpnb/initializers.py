@@ -144,24 +144,10 @@ def resolve_init(init: str | Callable[..., CPForm]) -> Callable[..., CPForm]:
 
 
 def dense_start(
-    shape: Sequence[int],
-    generator: torch.Generator | None,
-    device: torch.device | str | None,
-    dtype: torch.dtype | None,
+    size: Sequence[int], fan_in: int, generator: torch.Generator | None, like: Tensor
 ) -> Tensor:
-    """Torch's default start for conv and linear layers, U(±1/√fan_in)."""
-    like = torch.empty(0, device=device, dtype=dtype)
-    fan_in = math.prod(shape[1:])
-    drawn = draw("uniform_", (shape[0], fan_in), generator, like)
-    return ((2 * drawn - 1) / math.sqrt(fan_in)).view(tuple(shape))
-
-
-def dense_bias(
-    shape: Sequence[int], generator: torch.Generator | None, like: Tensor
-) -> Tensor:
-    """Torch's default start for the bias of a layer with this kernel, U(±1/√fan_in)."""
-    drawn = draw("uniform_", (shape[0],), generator, like)
-    return (2 * drawn - 1) / math.sqrt(math.prod(shape[1:]))
+    """Torch's default start of a kernel or bias, U(±1/√fan_in)."""
+    return (2 * draw("uniform_", size, generator, like) - 1) / math.sqrt(fan_in)
 
 
 def draw(
@@ -188,7 +174,8 @@ def _fitted(
     dtype: torch.dtype | None = None,
 ) -> CPForm:
     if weight is None:
-        weight = dense_start(shape, generator, device, dtype)
+        like = torch.empty(0, device=device, dtype=dtype)
+        weight = dense_start(shape, math.prod(shape[1:]), generator, like)
     weight = weight.detach().to(device=device, dtype=dtype)
     kernel = weight.reshape([n for n in shape if n > 1])
     if kernel.ndim > 1 and kernel.any():

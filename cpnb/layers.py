@@ -2,7 +2,7 @@
 
 A layer holds σ, λ and factor matrices, and has two forwards with one result: "dense"
 rebuilds the kernel and calls torch, "chain" runs through the components, 1×1 →
-depthwise → 1×1. `FactoredLayer` is what CP layers share with low-rank ones.
+depthwise → 1×1.
 """
 
 import math
@@ -16,10 +16,13 @@ from torch import Tensor, nn
 
 from cpnb.convolution import (
     ConvGeometry,
+    FactoredLayer,
     conv_branches,
     convolve,
+    convolve_transposed,
     innermost,
     is_channels_last,
+    transposed_branches,
 )
 from cpnb.cp import (
     CPForm,
@@ -33,72 +36,22 @@ from cpnb.cp import (
     resolve_rank,
     with_unit_columns,
 )
-from cpnb.initializers import dense_bias, resolve_init
+from cpnb.initializers import dense_start, resolve_init
 
-__all__ = ["CPConv1d", "CPConv2d", "CPConv3d", "CPLayer", "CPLinear", "FactoredLayer"]
+__all__ = [
+    "CPConv1d", "CPConv2d", "CPConv3d", "CPConvTranspose1d", "CPConvTranspose2d",
+    "CPConvTranspose3d", "CPLayer", "CPLinear", "FactoredLayer",
+]  # fmt: skip
 
 FORWARD_MODES = ("auto", "dense", "chain")
-# "auto" takes the chain below this share of the rank at which both do the same work.
-# Its depthwise stage is bound by memory: on x86-64 cores the times cross at 0.50 (64
-# channels) to 0.73 (256 channels) of that rank.
+# "auto" takes the chain below this share of the rank at which both do the same work: on
+# x86-64 cores the times cross at 0.50 (64 channels) to 0.73 (256 channels) of it.
 CHAIN_SHARE = 0.5
 # The step gauge, chosen by measuring (benchmarks/defaults.py): a column of the largest
 # mode has the length COLUMN · |σλ_r|, one of n entries √(largest/n) times that.
 COLUMN = 0.7
 SLOW = 4.0  # units of σ and λ: both have 1/SLOW² in J Jᵀ, see explore.step_spectrum
 SHORTEST = 0.1  # as a share of the RMS of σλ: a shorter column would turn too fast
-
-
-class FactoredLayer(nn.Module):
-    """A layer whose kernel is made of factors and stands for one of torch's layers.
-
-    Attributes:
-        stock: The torch class this layer stands for.
-        kernel_shape: Shape of the full kernel, ``(out, in / groups, *kernel_size)``.
-        groups: Groups of the convolution; 1 for a linear layer.
-        bias: Shape ``(out,)``, or None.
-        factor_names: Parameters whose product is the kernel: Frobenius decay of the
-            kernel takes the place of theirs.
-        no_decay: Parameters that no weight decay presses on.
-    """
-
-    stock: type[nn.Module]
-    argument_names: tuple[str, ...] = ("in_features", "out_features", "bias")
-    factor_names: tuple[str, ...] = ()
-    no_decay: tuple[str, ...] = ()
-    kernel_shape: tuple[int, ...]
-    groups: int = 1
-    rank: Any
-    break_even_rank: Any
-    bias: nn.Parameter | None
-
-    @classmethod
-    def arguments(cls, layer: Any) -> list[Any]:
-        """Positional arguments that rebuild ``layer``, stock or of this class."""
-        values = [getattr(layer, name) for name in cls.argument_names]
-        where = cls.argument_names.index("bias")
-        return [*values[:where], layer.bias is not None, *values[where + 1 :]]
-
-    @property
-    def dense_parameters(self) -> int:
-        """Parameters of the dense layer, bias included."""
-        bias = 0 if self.bias is None else self.bias.numel()
-        return math.prod(self.kernel_shape) + bias
-
-    def extra_repr(self) -> str:
-        """Torch's own text, then the rank against break-even."""
-        # Not of a stock layer made for it: vmap prints layers, and allows no draws.
-        stock = self.stock.extra_repr(self)
-        stock = stock.replace("in_features=", "").replace("out_features=", "")
-        share = self.rank / self.break_even_rank
-        return (
-            f"{stock.removesuffix(', bias=True')}, rank={self.rank} ({share:.2f} of "
-            f"break-even {self.break_even_rank})"
-        )
-
-    def __repr__(self) -> str:
-        """One line: the factors are sizes the reader can work out."""
-        return f"{type(self).__name__}({self.extra_repr()})"
 
 
 class CPLayer(FactoredLayer):
@@ -122,14 +75,15 @@ class CPLayer(FactoredLayer):
     def _make_parameters(
         self,
         kernel_shape: Sequence[int],
-        rank: Rank,
-        init: str | Callable[..., CPForm],
-        forward_mode: str,
-        signed: bool,
         bias: bool,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
-        generator: torch.Generator | None,
+        *,
+        rank: Rank = "same",
+        init: str | Callable[..., CPForm] = "unified",
+        forward_mode: str = "auto",
+        signed: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        generator: torch.Generator | None = None,
     ) -> None:
         self.kernel_shape = tuple(kernel_shape)
         self.init = resolve_init(init)
@@ -153,7 +107,8 @@ class CPLayer(FactoredLayer):
         self.factors = nn.ParameterList(
             [nn.Parameter(like.new_empty(n, count)) for n in sizes]
         )
-        empty = nn.Parameter(like.new_empty(kernel_shape[0])) if bias else None
+        outputs = getattr(self, "out_channels", kernel_shape[0])
+        empty = nn.Parameter(like.new_empty(outputs)) if bias else None
         self.register_parameter("bias", empty)
         self.reset_parameters(generator)
 
@@ -164,7 +119,8 @@ class CPLayer(FactoredLayer):
         options = {"groups": self.groups, "generator": generator, **where}
         self.store(*self.init(self.kernel_shape, self.rank, **options))
         if self.bias is not None:
-            self.bias.copy_(dense_bias(self.kernel_shape, generator, self.bias))
+            fan_in = math.prod(self.kernel_shape[1:])
+            self.bias.copy_(dense_start(self.bias.shape, fan_in, generator, self.bias))
 
     @torch.no_grad()
     def store(self, lam: Tensor, factors: Sequence[Tensor]) -> None:
@@ -263,19 +219,21 @@ class CPLayer(FactoredLayer):
         return rebuild(lam, factors).view(out, *window, channels).movedim(-1, 1)
 
     def _takes_chain(self) -> bool:
-        if self.forward_mode not in FORWARD_MODES:
-            raise ValueError(
-                f"forward_mode is {self.forward_mode!r}, expected one of "
-                f"{FORWARD_MODES}."
-            )
-        if self.forward_mode != "auto":
-            return self.forward_mode == "chain"
+        mode = self.forward_mode
+        if mode not in FORWARD_MODES:
+            raise ValueError(f"forward_mode is {mode!r}, expected {FORWARD_MODES}.")
+        if mode != "auto":
+            return mode == "chain"
         rank = self.rank if self.active_rank is None else self.active_rank
         return rank * self._chain_work() < CHAIN_SHARE * math.prod(self.kernel_shape)
 
     def _chain_work(self) -> int:
-        """Multiplications of the chain per output position and component."""
+        """Multiplications of the chain per position and component."""
         return sum(self.kernel_shape)
+
+    def by_role(self, factors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Of factors of all modes that of the outputs, ``(out, rank)``; the others."""
+        return factors[0], [*factors[1:]]
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         """Adopt the rank of a checkpoint whose other sizes are those of this layer."""
@@ -306,6 +264,9 @@ class CPLayer(FactoredLayer):
 class CPConv(ConvGeometry, CPLayer):
     """Convolution with a CP kernel, in any number of spatial dimensions."""
 
+    _convolve = staticmethod(convolve)
+    _branches = staticmethod(conv_branches)
+
     def __init__(
         self,
         in_channels: int,
@@ -317,33 +278,26 @@ class CPConv(ConvGeometry, CPLayer):
         groups: int = 1,
         bias: bool = True,
         padding_mode: str = "zeros",
-        *,
-        rank: Rank = "same",
-        init: str | Callable[..., CPForm] = "unified",
-        forward_mode: str = "auto",
-        signed: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        generator: torch.Generator | None = None,
+        **options: Any,
     ) -> None:
         super().__init__()
         sizes = (in_channels, out_channels, kernel_size)
         steps = (stride, padding, dilation, groups)
         shape = self.set_geometry(self.stock, *sizes, *steps, bias, padding_mode)
-        self._make_parameters(
-            shape, rank, init, forward_mode, signed, bias, device, dtype, generator
-        )
+        self._make_parameters(shape, bias, **options)
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve ``(batch, in, *size)``, or one image without the batch axis."""
-        images, geometry = self.padded(input)
+        return self._forward(*self.padded(input))
+
+    def _forward(self, images: Tensor, geometry: dict[str, Any]) -> Tensor:
         if not self._takes_chain():
             kernel = self._kernel(is_channels_last(images))
-            return convolve(images, kernel, self.bias, **geometry)
+            return self._convolve(images, kernel, self.bias, **geometry)
         batch = images if images.ndim == len(self.kernel_shape) else images[None]
         lam, stored = self._terms()
-        outputs, *others = pad_factors(lam, stored, self.kernel_shape)
-        hidden = conv_branches(innermost(batch), lam, others, **geometry).flatten(1, 2)
+        outputs, others = self.by_role(pad_factors(lam, stored, self.kernel_shape))
+        hidden = self._branches(innermost(batch), lam, others, **geometry).flatten(1, 2)
         mix = outputs.reshape(-1, lam.numel(), *(1,) * len(self.kernel_size))
         output = convolve(hidden, mix, self.bias, groups=self.groups)
         last = is_channels_last(batch)
@@ -358,7 +312,7 @@ class CPConv(ConvGeometry, CPLayer):
         """
         images, geometry = self.padded(images)
         lam = factors[0].new_ones(factors[0].shape[1])
-        return conv_branches(innermost(images), lam, factors, **geometry)
+        return self._branches(innermost(images), lam, factors, **geometry)
 
     def _chain_work(self) -> int:
         out, channels, *window = self.kernel_shape
@@ -381,17 +335,7 @@ class CPConv2d(CPConv):
     arguments are those of `torch.nn.Conv2d`; groups share all factors but the output
     one, which is sliced.
 
-    Args:
-        in_channels: Input channels; this and what follows up to ``padding_mode`` as in
-            `torch.nn.Conv2d`.
-        out_channels: Output channels.
-        kernel_size: One size or one per spatial axis.
-        stride: One step or one per spatial axis.
-        padding: An int, one per axis, ``"same"`` or ``"valid"``.
-        dilation: One or one per spatial axis.
-        groups: Groups.
-        bias: Whether to add a bias.
-        padding_mode: Zeros, reflect, replicate or circular.
+    Args: up to ``padding_mode`` as in `torch.nn.Conv2d`; then, by name only,
         rank: Number of components (int), fraction of the break-even rank (float in
             (0, 1]), or ``"same"`` for the break-even rank.
         init: A name in `cpnb.initializers.INITIALIZERS` or a function like
@@ -421,6 +365,79 @@ class CPConv3d(CPConv):
     stock = nn.Conv3d
 
 
+class CPConvTranspose(CPConv):
+    """Transposed convolution with a CP kernel of shape ``(in, out / groups, *size)``.
+
+    Groups share all factors but the input one, which is sliced.
+    """
+
+    argument_names = (
+        "in_channels", "out_channels", "kernel_size", "stride", "padding",
+        "output_padding", "groups", "bias", "dilation", "padding_mode",
+    )  # fmt: skip
+    _convolve = staticmethod(convolve_transposed)
+    _branches = staticmethod(transposed_branches)
+    transposed = True
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        nn.Module.__init__(self)
+        named = {n: options.pop(n) for n in self.argument_names if n in options}
+        shape = self.set_geometry(self.stock, *arguments, **named)
+        given = dict(zip(self.argument_names, arguments, strict=False)) | named
+        self._make_parameters(shape, given.get("bias", True), **options)
+
+    def padded(
+        self, images: Tensor, output_size: Sequence[int] | None = None
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """The input, and how to convolve it, perhaps to a size of several possible."""
+        axes = len(self.kernel_size)
+        sizes = (self.stride, self.padding, self.kernel_size, axes, self.dilation)
+        stock: Any = self.stock
+        extra = stock._output_padding(self, images, output_size, *sizes)
+        return images, super().padded(images)[1] | {"output_padding": extra}
+
+    def forward(
+        self, input: Tensor, output_size: Sequence[int] | None = None
+    ) -> Tensor:
+        """Convolve ``(batch, in, *size)``, as torch's layer does."""
+        return self._forward(*self.padded(input, output_size))
+
+    def by_role(self, factors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """The outputs of every group have the same factor."""
+        inputs, outputs, *window = factors
+        return outputs.repeat(self.groups, 1), [inputs, *window]
+
+    def _chain_work(self) -> int:
+        inputs, out, *window = self.kernel_shape
+        outputs = self.groups * out * math.prod(self.stride)
+        return inputs + self.groups * math.prod(window) + outputs
+
+
+class CPConvTranspose1d(CPConvTranspose):
+    """1-D transposed convolution with a CP kernel; see `CPConvTranspose2d`."""
+
+    stock = nn.ConvTranspose1d
+
+
+class CPConvTranspose2d(CPConvTranspose):
+    """2-D transposed convolution with a CP kernel.
+
+    Args: as `torch.nn.ConvTranspose2d`, then keywords from ``rank`` on as `CPConv2d`.
+
+    >>> layer = CPConvTranspose2d(8, 4, 2, stride=2)
+    >>> layer(torch.zeros(1, 8, 5, 5)).shape
+    torch.Size([1, 4, 10, 10])
+    """
+
+    stock = nn.ConvTranspose2d
+
+
+class CPConvTranspose3d(CPConvTranspose):
+    """3-D transposed convolution with a CP kernel; see `CPConvTranspose2d`."""
+
+    stock = nn.ConvTranspose3d
+
+
 class CPLinear(CPLayer):
     """Linear layer with a CP weight, ``σ Σ_r λ_r â_r∘b̂_r``.
 
@@ -435,26 +452,12 @@ class CPLinear(CPLayer):
     stock = nn.Linear
 
     def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        *,
-        rank: Rank = "same",
-        init: str | Callable[..., CPForm] = "unified",
-        forward_mode: str = "auto",
-        signed: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        generator: torch.Generator | None = None,
+        self, in_features: int, out_features: int, bias: bool = True, **options: Any
     ) -> None:
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
-        shape = (out_features, in_features)
-        self._make_parameters(
-            shape, rank, init, forward_mode, signed, bias, device, dtype, generator
-        )
+        self._make_parameters((out_features, in_features), bias, **options)
 
     def forward(self, input: Tensor) -> Tensor:
         """Map ``(..., in_features)`` to ``(..., out_features)``."""
@@ -463,6 +466,11 @@ class CPLinear(CPLayer):
         lam, factors = self._terms()
         outputs, inputs = pad_factors(lam, factors, self.kernel_shape)
         return F.linear(F.linear(input, (inputs * lam).T), outputs, self.bias)
+
+
+_KINDS: list[type[CPLayer]] = [CPConv1d, CPConv2d, CPConv3d, CPLinear]
+_KINDS += [CPConvTranspose1d, CPConvTranspose2d, CPConvTranspose3d]
+CP_KINDS: dict[type, type[CPLayer]] = {kind.stock: kind for kind in _KINDS}
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from cpnb.convert import Ranks, cp_layers, lost_state, replace_layers
 from cpnb.cp import component_gram, resolve_rank
 from cpnb.layers import CPConv, CPLayer, evaluation_mode, pad_factors
 
-__all__ = ["KEYS", "component_order", "kept_rank", "select_components", "truncate"]
+__all__ = ["KEYS", "kept_rank", "select_components", "truncate"]
 
 IMAGES = 1000  # training images of a data set that are looked at
 _BATCH = 50
@@ -119,27 +119,6 @@ def kept_rank(rank: int, keep: float) -> int:
     if not 0 < keep <= 1:
         raise ValueError(f"keep is {keep}, expected a fraction in (0, 1].")
     return max(1, int(rank * keep + 1e-9))  # 0.7 · 10 is below 7 in floating point
-
-
-def component_order(
-    layer: CPLayer,
-    key: str = "lam",
-    *,
-    model: nn.Module | None = None,
-    data: Any = None,
-    generator: torch.Generator | None = None,
-    progress: bool = True,
-) -> Tensor:
-    """Indices of a layer's components, the most important first.
-
-    Arguments are those of `truncate`; ``model`` is the network that holds the layer,
-    for the keys that look at images, None if the layer is all of it.
-    """
-    network = layer if model is None else model
-    names = {other: name for name, other in cp_layers(network).items()}
-    options = {"data": data, "generator": generator, "progress": progress}
-    ranked = ranked_layers(network, [names[layer]], key=key, **options)
-    return ranked[names[layer]].order
 
 
 @torch.no_grad()
@@ -309,10 +288,9 @@ def _by_position(look: _Look) -> dict[str, Tensor]:
 
 
 def _by_draw(look: _Look) -> dict[str, Tensor]:
-    seed = 0
-    if look.generator is not None:
-        drawn = torch.empty((), dtype=torch.int64, device=look.generator.device)
-        seed = int(drawn.random_(generator=look.generator))
+    source, seed = look.generator, 0
+    if source is not None:
+        seed = int(torch.randint(2**62, (), generator=source, device=source.device))
     # Seeded anew for each layer, so that the order of one does not depend on which
     # others are cut.
     scores = {}
@@ -377,7 +355,8 @@ def _output_grams(look: _Look) -> dict[str, Tensor]:
     def add(name: str, layer: Any, args: tuple, kwargs: dict) -> None:
         inputs = (*args, *kwargs.values())[0]
         lam, units = layer.components()
-        outputs, *others = pad_factors(lam, units, layer.kernel_shape)
+        padded = pad_factors(lam, units, layer.kernel_shape)
+        outputs, others = layer.by_role(padded)
         if isinstance(layer, CPConv):
             hidden = layer.branches(inputs, others).flatten(3)  # (n, groups, rank, hw)
         else:

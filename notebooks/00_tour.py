@@ -22,7 +22,6 @@ import torch
 import cpnb
 from cpnb.explore import plots
 from cpnb.train import fast_mode
-from cpnb.truncation import component_order
 
 plots.use_style()
 torch.set_num_threads(1)  # rounding, and so every number, depends on it
@@ -194,7 +193,7 @@ for name, cp in cpnb.cp_layers(net).items():
 # drop the others. It needs no data and no training.
 
 # %%
-order = component_order(conv1)  # by |λ|, the largest first
+order = conv1.lam.abs().argsort(descending=True)
 rows = []
 for rank in (7, 4, 1):
     rows.append(cpnb.truncate(conv1, rank=rank).weight.detach()[:8, 0])

@@ -206,15 +206,15 @@ class Fancy(nn.Linear):
     """A subclass, which may do anything."""
 
 
-UP = nn.Sequential(nn.ConvTranspose2d(3, 3, 3))
+BILINEAR = nn.Sequential(nn.Bilinear(3, 3, 3))
 WEIGHT_NORM = parametrizations.weight_norm(nn.Linear(4, 3))
 
 
 @pytest.mark.parametrize(
     ("model", "options", "text"),
     [
-        (UP, {}, "layer '0' is a ConvTranspose2d: expected exactly one of Conv1d"),
-        (UP, {}, r"To leave it alone, pass skip=\('0',\)"),
+        (BILINEAR, {}, "layer '0' is a Bilinear: expected exactly one of Conv1d"),
+        (BILINEAR, {}, r"To leave it alone, pass skip=\('0',\)"),
         (Fancy(3, 2), {}, "layer '' is a Fancy: .* and no subclass"),
         (WEIGHT_NORM, {}, "it is parametrized; call cpnb.methods.remove_normalizer"),
         (with_nan(), {"init": "power"}, "1 NaN or infinite entries out of 12"),

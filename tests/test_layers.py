@@ -18,6 +18,9 @@ from cpnb.convert import cp_layers, step_gauge_
 from cpnb.cp import relative_error
 from cpnb.initializers import INITIALIZERS
 from cpnb.layers import COLUMN, SHORTEST, SLOW
+from cpnb.layers import CPConvTranspose1d as UP1
+from cpnb.layers import CPConvTranspose2d as UP2
+from cpnb.layers import CPConvTranspose3d as UP3
 from cpnb.truncation import truncate
 
 KINDS = {1: (CPConv1d, (9,)), 2: (CPConv2d, (8, 9)), 3: (CPConv3d, (6, 5, 7))}
@@ -127,6 +130,37 @@ def test_conv_dense_and_chain_and_stock_forward_agree(
     for mode in (*MODES, "auto"):
         layer.forward_mode = mode
         assert_close(layer(images), expected, msg=lambda text, m=mode: f"{m}: {text}")
+
+
+@settings(max_examples=80)
+@given(
+    data=st.data(), geometry=geometries(), rank=st.integers(1, 5), batched=st.booleans()
+)
+def test_transposed_convolution_agrees_with_torchs(data, geometry, rank, batched):
+    ndim, dtype = geometry["ndim"], geometry["dtype"]
+    names = ["in_channels", "out_channels", "kernel_size", "stride", "groups", "bias"]
+    options = {name: geometry[name] for name in [*names, "dilation", "dtype"]}
+    kind, size = (UP1, UP2, UP3)[ndim - 1], KINDS[ndim][1]
+    room = kind(**options, rank=1)
+    extra = [data.draw(st.integers(0, step - 1)) for step in room.stride]
+    options["output_padding"] = tuple(extra)
+    options["padding"] = data.draw(st.integers(0, 1))
+    layer = kind(**options, rank=1)
+    layer.resize(rank)
+    layer.reset_parameters(torch.Generator().manual_seed(rank))
+    stock = to_dense(layer)
+    assert type(stock) is kind.stock and stock.extra_repr() in repr(layer)
+    images = randn(2, geometry["in_channels"], *size, dtype=dtype)
+    if ndim == 2:
+        images = images.to(memory_format=torch.channels_last)
+    images = images if batched else images[0]
+    expected = stock(images)
+    wanted = expected.shape[-ndim:]  # said in words instead of by output_padding
+    for mode in (*MODES, "auto"):
+        layer.forward_mode = mode
+        assert_close(layer(images), expected)
+        assert_close(layer(images, wanted), stock(images, wanted))
+    assert layer.bias is None or layer.bias.shape == stock.bias.shape
 
 
 @settings(max_examples=40)
@@ -457,7 +491,7 @@ def test_state_dict_of_another_layer_is_refused_and_the_rank_kept(state, text):
         (CPConv2d, {"groups": 2}, "divisible by groups"),
         (CPConv2d, {"padding": "full"}, "padding string"),
         (CPConv2d, {"padding_mode": "x"}, "padding_mode"),
-        (CPConv1d, {"forward_mode": "fast"}, "forward_mode is 'fast', expected one"),
+        (CPConv1d, {"forward_mode": "fast"}, "forward_mode is 'fast', expected"),
     ],
 )
 def test_layers_refuse_bad_arguments_with_a_clear_error(kind, options, text):

@@ -211,11 +211,9 @@ def test_changelog_says_where_every_moved_and_what_replaces_every_removed_name()
     for name, place in moved.items():
         (module,) = re.findall(r"`(cpnb[\w.]*)`", place)
         assert hasattr(importlib.import_module(module), name), name
-        with pytest.raises(AttributeError, match=f"{re.escape(module)}.{name}"):
-            getattr(cpnb, name)
-    for name, advice in removed.items():
+    for name, advice in (moved | removed).items():
         assert advice.strip(), name
-        with pytest.raises(AttributeError, match="Use "):
+        with pytest.raises(AttributeError, match="where the names of version"):
             getattr(cpnb, name)
 
 

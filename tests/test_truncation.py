@@ -18,13 +18,20 @@ from cpnb.truncation import (
     KEYS,
     _Look,
     _output_grams,
-    component_order,
     kept_rank,
     ranked_layers,
     select_components,
     truncate,
     wanted_ranks,
 )
+
+
+def component_order(layer, key, model=None, **options):
+    """The order of a layer's components, alone or in a network."""
+    network = layer if model is None else model
+    name = next(n for n, each in cp_layers(network).items() if each is layer)
+    return ranked_layers(network, [name], key=key, **options)[name].order
+
 
 DATA_KEYS = [name for name, key in KEYS.items() if key.needs_data]
 

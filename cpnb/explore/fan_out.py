@@ -248,7 +248,7 @@ class _RunningSum:
 
     def __init__(self, ranked: RankedLayer) -> None:
         layer: Any = ranked.layer
-        output = ranked.factors[0]
+        output, self._others = layer.by_role(ranked.factors)
         self._ranked = ranked
         # What a component adds to the channels. Shape (groups, rank, channels).
         self._mix = output.unflatten(0, (layer.groups, -1)).mT.contiguous()
@@ -259,7 +259,7 @@ class _RunningSum:
     def begin(self, input: Tensor, top: int) -> None:
         """Take inputs, shape ``(batch, in, *size)``, for ranks up to ``top``."""
         layer: Any = self._ranked.layer
-        others = [factor[:, :top] for factor in self._ranked.factors[1:]]
+        others = [factor[:, :top] for factor in self._others]
         branches = layer.branches(input, others)
         self._size = (len(input), *branches.shape[3:])
         # What a component sends there. Shape (groups, rank, positions).

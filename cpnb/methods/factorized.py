@@ -26,7 +26,7 @@ from cpnb.convert import (
 )
 from cpnb.convolution import ConvGeometry, convolve
 from cpnb.cp import Rank, component_gram, resolve_rank
-from cpnb.initializers import dense_bias, dense_start, draw
+from cpnb.initializers import dense_start, draw
 from cpnb.layers import CPLayer, FactoredLayer
 from cpnb.methods.ranks import low_rank_at, unfolded_shape
 
@@ -61,7 +61,7 @@ def spectral(
     ``(groups, rows, rank)`` and ``(groups, columns, rank)``.
     """
     if weight is None:
-        weight = dense_start(shape, generator, like.device, like.dtype)
+        weight = dense_start(shape, math.prod(shape[1:]), generator, like)
     matrices = unfold(weight.detach().double(), groups)
     left, values, right = torch.linalg.svd(matrices, full_matrices=False)
     root = values[:, None, :rank].sqrt()
@@ -136,7 +136,8 @@ class LowRankLayer(FactoredLayer):
         self.left.copy_(left.flatten(0, 1))
         self.right.copy_(right.flatten(0, 1))
         if self.bias is not None:
-            self.bias.copy_(dense_bias(self.kernel_shape, generator, self.bias))
+            fan_in = math.prod(self.kernel_shape[1:])
+            self.bias.copy_(dense_start(self.bias.shape, fan_in, generator, self.bias))
 
     @property
     def rank(self) -> int:

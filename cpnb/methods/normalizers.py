@@ -26,6 +26,7 @@ from cpnb.layers import CPLayer, FactoredLayer, evaluation_mode
 from cpnb.methods.conditioning import RELU_GAIN, condition_, reparametrize_
 from cpnb.methods.scaling import Rescaling, rescale_
 
+_KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)  # a row for every output
 _BATCH_NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
 
@@ -143,12 +144,13 @@ def _per_layer(
         model: nn.Module, skip: Skip, generator: torch.Generator | None, **options: Any
     ) -> nn.Module:
         skipped = skip_rule(model, skip)
-        chosen: dict[str, Any] = layers_to_convert(model, skip, CP_KINDS)
+        chosen: dict[str, Any] = layers_to_convert(model, skip, _KINDS)
         kinds = (*CP_KINDS, FactoredLayer)
         weighted = {n: m for n, m in model.named_modules() if isinstance(m, kinds)}
         for name, layer in weighted.items():
             if isinstance(layer, FactoredLayer) and not skipped(name, layer):
-                if not isinstance(layer, factored) or is_parametrized(layer):
+                known = isinstance(layer, factored) and type(layer).stock in _KINDS
+                if not known or is_parametrized(layer):
                     raise TypeError(
                         f"layer {name!r} is a {type(layer).__name__}, whose kernel is "
                         "computed anew in each forward, expected a dense layer. Call "

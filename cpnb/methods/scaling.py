@@ -258,6 +258,11 @@ def _read_layers(model: nn.Module) -> list[Layer]:
                     f"layer {name!r} is normalised, its weight computed anew in every "
                     "forward. Call cpnb.methods.remove_normalizer first."
                 )
+            if getattr(module, "transposed", False):
+                raise ValueError(
+                    f"layer {name!r} is transposed, expected layers whose kernels have "
+                    "a row for each output."
+                )
             weight: Any = module.weight
             out, size = weight.shape[:2]
             groups: Any = getattr(module, "groups", 1)
