@@ -169,7 +169,7 @@ def transposed_branches(
     """The same for a transposed convolution, whose input factor the groups slice."""
     source, *spatial = factors
     ones = (1,) * len(spatial)
-    mix = source.unflatten(0, (groups, -1)).mT.flatten(0, 1)  # (groups·rank, in/groups)
+    mix = source.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
     hidden = convolve(images, mix.reshape(*mix.shape, *ones), groups=groups)
     window = _weighted_window(lam, spatial).repeat(groups, 1, *ones)
     hidden = convolve_transposed(hidden, window, groups=len(window), **geometry)

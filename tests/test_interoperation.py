@@ -13,6 +13,7 @@ from torch.testing import assert_close
 
 import cpnb
 from cpnb import CPConv1d, CPConv2d, CPConv3d, CPLinear, to_dense
+from cpnb.layers import CPConvTranspose2d
 
 MODES = ["dense", "chain"]
 GEOMETRY = {"groups": 2, "padding": 1, "padding_mode": "circular"}
@@ -23,6 +24,7 @@ LAYERS = {
     "pointwise": (CPConv2d, (4, 6, 1, 2), {}, (4, 7, 7)),
     "Conv3d": (CPConv3d, (2, 3, 2), {}, (2, 5, 5, 5)),
     "Linear": (CPLinear, (6, 4), {}, (6,)),
+    "transposed": (CPConvTranspose2d, (4, 6, 3, 2), {"groups": 2}, (4, 5, 5)),
 }
 
 
