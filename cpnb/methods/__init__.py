@@ -1,6 +1,6 @@
 """What canonical networks are compared with and helped by; each file says its own."""
 
-from cpnb.methods.degeneracy import Degeneracy, bounded_als, degeneracy
+from cpnb.methods.degeneracy import Degeneracy, degeneracy
 from cpnb.methods.factorized import (
     FrobeniusDecay,
     LowRankConv2d,
@@ -20,7 +20,7 @@ from cpnb.methods.tensor_formats import FORMATS, TensorFormat, unified_variance
 __all__ = [
     "FORMATS", "NORMALIZERS", "Degeneracy", "FrobeniusDecay", "LowRankConv2d",
     "LowRankLinear", "NestedRank", "ProximalL1", "Rescaling", "TensorFormat",
-    "bounded_als", "degeneracy", "factor_norms", "factorize", "first_and_last",
+    "degeneracy", "factor_norms", "factorize", "first_and_last",
     "fit_rank", "frobenius_decay", "nonzero_ranks", "normalize", "ranks_for",
     "remove_normalizer", "rescale_", "unified_variance",
 ]  # fmt: skip

@@ -1,15 +1,13 @@
-"""Components that are huge and cancel: a meter, and fits that forbid it."""
+"""Components that are huge and cancel: a meter."""
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 
-from cpnb.cp import Rank, check_cp, component_gram, khatri_rao, normalize_columns
-from cpnb.decompose import CPResult, als, decomposed
+from cpnb.cp import check_cp, component_gram, normalize_columns
 
 # Dropping each component with probability ½ changes the kernel by (1 + energy)/4 of
 # ‖W‖² on average: above 3 by more than the zero kernel does. For two equal components
@@ -132,80 +130,3 @@ def degeneracy(lam: Tensor, factors: Sequence[Tensor]) -> Degeneracy:
         torch.finfo(torch.float32).eps * total / norm,
     ]
     return Degeneracy(*[len(lam), *torch.stack(numbers).tolist(), True])
-
-
-def bounded_als(
-    kernel: Tensor,
-    rank: Rank,
-    *,
-    max_error: float | None = None,
-    sweeps: int = 100,
-    tol: float = 1e-6,
-    generator: torch.Generator | None = None,
-) -> CPResult:
-    """Smallest components (least Σλ²) whose error stays within a bound.
-
-    Starts from `als`. Each update takes, among all factors of a mode that keep the
-    error within the bound, the one of least norm while the other modes have unit
-    columns; if none does, the one of least error.
-
-    Args:
-        kernel: Any order ≥ 2.
-        rank: As in `power_method`.
-        max_error: Bound on the relative error; None takes what `als` reaches.
-        sweeps: At most this many passes over all modes.
-        tol: Stop when a sweep lowers Σλ² by less than this fraction.
-        generator: Source of the random starts; torch's default one if None.
-
-    Returns:
-        `CPResult`; its error exceeds ``max_error`` only if no update could reach it.
-
-    Source: Phan et al. 2020, arXiv:2008.05441 (error-preserving correction); the update
-    is re-derived as a ridge whose weight meets the bound.
-    """
-    began = time.perf_counter()
-    first = als(kernel, rank, generator=generator)
-    norm = kernel.detach().double().norm()
-    bound = first.relative_error * (1 + 1e-9) if max_error is None else max_error
-    bound = max(bound, 1e-7)
-    unit = kernel.detach().double() / norm
-    units = [f.double() for f in first.factors]
-    lam = first.lam.double() / norm
-    energy = lam.square().sum()
-    done = 0
-    while done < sweeps:
-        done += 1
-        for n in range(unit.ndim):
-            others = units[:n] + units[n + 1 :]
-            product = unit.movedim(n, 0).flatten(1) @ khatri_rao(others)
-            solved, error = _least_norm(component_gram(others), product, bound**2)
-            (units[n],), (lam,) = normalize_columns([solved])
-        before = energy
-        energy = lam.square().sum()
-        if error <= bound * (1 + 1e-6) and abs(before - energy) <= tol * before:
-            break
-    order = lam.argsort(descending=True)
-    units = [u[:, order] for u in units]
-    return decomposed("bounded_als", kernel, lam[order] * norm, units, done, began)
-
-
-def _least_norm(gram: Tensor, product: Tensor, bound: float) -> tuple[Tensor, float]:
-    """``P (G + μ)⁻¹`` and its error for the largest μ with squared error in bound."""
-    values, vectors = torch.linalg.eigh(gram)
-    values = values.clamp_min(1e-14 * values[-1])
-    rotated = product @ vectors
-    squares = rotated.square().sum(0)
-
-    def error(mu: float) -> float:
-        explained = squares * (values + 2 * mu) / (values + mu).square()
-        return max(0.0, 1 - explained.sum().item())
-
-    low = 1e-16 * values[-1].item()
-    high = 1e4 * values[-1].item()
-    mu = 0.0
-    if error(low) < bound:
-        for _ in range(50):
-            mu = (low * high) ** 0.5
-            low, high = (mu, high) if error(mu) <= bound else (low, mu)
-        mu = low
-    return (rotated / (values + mu)) @ vectors.T, error(mu) ** 0.5

@@ -5,12 +5,10 @@ import math
 
 import pytest
 import torch
-from torch.testing import assert_close
 
-from cpnb.cp import canonical_gauge, cp_to_kernel, normalize_columns, relative_error
-from cpnb.decompose import als
+from cpnb.cp import canonical_gauge, cp_to_kernel, normalize_columns
 from cpnb.initializers import unified
-from cpnb.methods.degeneracy import ENERGY_LIMIT, bounded_als, degeneracy
+from cpnb.methods.degeneracy import ENERGY_LIMIT, degeneracy
 
 
 def random_cp(shape, rank, *, seed=0):
@@ -147,36 +145,3 @@ def test_degeneracy_refuses_shapes_that_disagree():
 
 def seeded():
     return torch.Generator().manual_seed(0)
-
-
-def test_bounded_als_lowers_the_energy_and_keeps_the_error():
-    kernel = torch.randn(8, 6, 3, 3, generator=seeded(), dtype=torch.float64)
-    free = als(kernel, 20, generator=seeded())
-    bounded = bounded_als(kernel, 20, generator=seeded())
-    assert bounded.relative_error <= free.relative_error * (1 + 1e-4)
-    before = degeneracy(free.lam, free.factors)
-    after = degeneracy(bounded.lam, bounded.factors)
-    assert after.energy < 0.9 * before.energy
-    assert after.sensitivity < before.sensitivity
-    rebuilt = cp_to_kernel(bounded.lam, bounded.factors)
-    error = relative_error(kernel, rebuilt).item()
-    assert bounded.relative_error == pytest.approx(error, abs=1e-12)
-    assert (bounded.lam.diff() <= 0).all()
-
-
-@pytest.mark.parametrize("max_error", [0.1, 0.3])
-def test_bounded_als_meets_its_bound_on_the_border_rank_kernel(max_error):
-    kernel = torch.zeros(2, 2, 2, dtype=torch.float64)
-    kernel[0, 0, 1] = kernel[0, 1, 0] = kernel[1, 0, 0] = 1
-    bounded = bounded_als(kernel, 2, max_error=max_error)
-    assert bounded.relative_error == pytest.approx(max_error, rel=1e-3)
-    assert not degeneracy(bounded.lam, bounded.factors).degenerate
-
-
-def test_bounded_als_of_a_healthy_kernel_finds_its_own_components():
-    """Orthogonal components have the least energy there is: nothing to gain."""
-    factors = [torch.eye(n, dtype=torch.float64)[:, :3] for n in (5, 4, 3)]
-    lam = torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64)
-    result = bounded_als(cp_to_kernel(lam, factors), 3, generator=seeded())
-    assert result.method == "bounded_als"
-    assert_close(result.lam, lam, rtol=1e-4, atol=0)
