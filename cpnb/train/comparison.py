@@ -166,7 +166,8 @@ class Comparison:
     def _tuned(self, name: str) -> tuple[list[float], float | None]:
         """The rates to try of a recipe and, when all are tried, the best of them.
 
-        Where the best is the smallest or largest, the next one is to be tried, too.
+        Where the best is the smallest or largest, the next one is to be tried, too;
+        where all are alike, as networks that learn nothing are, some smaller ones.
         """
         rates = sorted(self.rates)
         if len(rates) == 1:  # nothing to choose
@@ -179,7 +180,8 @@ class Comparison:
         while all(counts.get(lr, 0) == len(self.tune_seeds) for lr in rates):
             own = means[rates]
             inner, top = own[1:-1].max(), own.max()
-            if top == -math.inf or inner == top:
+            alike = own.min() == top and rates[0] > min(self.rates) / 100  # as chance
+            if top == -math.inf or (inner == top and not alike):
                 return rates, None if top == -math.inf else own[1:-1].idxmax()
             ends = rates[:2] if own.idxmax() == rates[0] else rates[:-3:-1]
             rates = sorted([*rates, float(f"{ends[0] ** 2 / ends[1]:.3g}")])
