@@ -416,7 +416,7 @@ def test_a_best_rate_at_the_edge_asks_for_the_next_one_beyond():
     assert made_by_hand(rising | {0.8: (0.9, -0.9)}).best == {"x": 0.4}, "diverged"
     alike = {lr: (0.1, 0.1) for lr in (0.1, 0.2, 0.4)}
     assert made_by_hand(alike).missing()[0] == ("x", "tune", 0.05, 8)
-    smaller = (0.05, 0.025, 0.0125, 0.00625, 0.00312, 0.00156, 0.00078)
+    smaller = (0.05, 0.025, 0.0125, 0.00625, 0.00313, 0.00157, 0.000788)
     less = dict.fromkeys(smaller, (0.1, 0.1))
     assert made_by_hand(alike | less).missing()[0][1] == "final", "there is an end"
     falling = {0.1: (0.7, 0.7), 0.2: (0.6, 0.6), 0.4: (0.5, 0.5)}
