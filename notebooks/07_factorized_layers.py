@@ -690,8 +690,9 @@ for ax, form, cells in zip(axes, ("UVᵀ", "CP"), (CELLS, CP_CELLS), strict=True
 plt.show()
 
 # %% [markdown]
-# **What to see:** where the curves have their tops. The start by Kaiming on each factor
-# wants a larger rate than the spectral one, as its smaller effective step foretold.
+# **What to see:** every chosen rate lies between two that were tried and are worse. The
+# start by Kaiming on each factor wants a larger rate (0.45) than the spectral one
+# (0.15), as its smaller effective step foretold.
 #
 # ## 7. Decay that is meant to lower the rank
 #
@@ -774,7 +775,10 @@ for name in ("dense", "low-rank", "SI", "FD", "SI+FD", "CP", "CP+FD"):
 
 # %% [markdown]
 # In the paper's column each change *alone* is worse than neither, and both together are
-# nearly as good as the dense network: the interaction is all.
+# nearly as good as the dense network: the interaction is all. On digits (section 6) it
+# is not so: SI alone *helps*, by 0.84 ± 0.60 points, FD alone hurts, by 1.67 ± 1.01,
+# and with SI FD neither helps nor hurts. What agrees is the end: SI and FD together are
+# not told apart from the dense network.
 #
 # ## 9. The answer
 #
@@ -830,7 +834,12 @@ print(textwrap.fill(answer(), 84))
 #   rank.
 # - Start and decay change the effective step, so each combination needs its own
 #   learning rate before it can be compared.
-# - In CP form, before a batch norm, leave $\sigma$ out of it.
+# - On digits, at a tenth of the parameters: SI 99.4 %, SI+FD 99.4 %, the dense network
+#   99.6 %, low-rank without either 98.6 %, FD alone 96.9 %. In CP form neither the
+#   start nor FD is told apart from nothing; before a batch norm leave $\sigma$ out of
+#   FD.
+#
+# **Next:** `08_scaling_and_conditioning`, what a network's scales do to its training.
 #
 # **References.** M. Khodak, N. Tenenholtz, L. Mackey, N. Fusi, *Initialization and
 # regularization of factorized neural layers*, ICLR 2021, arXiv:2105.01029.

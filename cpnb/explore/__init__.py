@@ -2,6 +2,7 @@
 
 - ranks: `rank_sweep`, `RankSweep`, `RankExplorer`, `allocate_ranks`, `rank_front`,
   `truncation_report`
+- speed: `cost_table`, `to_chain`
 - diagnostics: `spectrum`, `spectrum_report`, `step_spectrum`, `loss_slice`,
   `top_hessian_eigenvalue`
 - figures: `plots`; a slider for a drawing function of your own: `explore`
@@ -19,7 +20,7 @@ from cpnb.explore.diagnostics import (
     step_spectrum,
     top_hessian_eigenvalue,
 )
-from cpnb.explore.report import truncation_report
+from cpnb.explore.report import cost_table, to_chain, truncation_report
 from cpnb.explore.sweep import RankSweep, rank_sweep
 
 if TYPE_CHECKING:
@@ -27,9 +28,10 @@ if TYPE_CHECKING:
     from cpnb.explore.widgets import explore
 
 __all__ = [
-    "RankChoice", "RankExplorer", "RankSweep", "allocate_ranks", "explore",
-    "loss_slice", "plots", "rank_front", "rank_sweep", "spectrum", "spectrum_report",
-    "step_spectrum", "top_hessian_eigenvalue", "truncation_report",
+    "RankChoice", "RankExplorer", "RankSweep", "allocate_ranks", "cost_table",
+    "explore", "loss_slice", "plots", "rank_front", "rank_sweep", "spectrum",
+    "spectrum_report", "step_spectrum", "to_chain", "top_hessian_eigenvalue",
+    "truncation_report",
 ]  # fmt: skip
 
 

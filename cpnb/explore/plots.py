@@ -77,7 +77,6 @@ def plot_training(
     courses = _courses(runs)
     values = {name: _values(name, each, measure) for name, each in courses.items()}
     ax = ax or plt.subplots()[1]
-    ends = []
     for number, (name, style) in enumerate(_styles(values).items()):
         count, epochs = values[name].shape
         style = style._replace(label=f"{style.label}, n = {count}")
@@ -92,7 +91,6 @@ def plot_training(
             look: dict[str, Any] = {"color": style.color, "alpha": 0.18, "linewidth": 0}
             ax.fill_between(x, *band, **look)
         _draw_line(ax, x, mean, style, number / len(values))
-        ends.append((x[-1], mean[-1], style))
     label = "seconds per epoch" if measure == "seconds" else measure.replace("_", " ")
     label += " in nats" if measure.endswith("loss") else ""
     several = any(len(each) > 1 for each in values.values())
@@ -102,7 +100,7 @@ def plot_training(
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     if measure.endswith("accuracy"):
         ax.yaxis.set_major_formatter(_percent)
-    _label_lines(ax, ends)
+    ax.legend()
     return ax
 
 
@@ -277,27 +275,6 @@ def _draw_line(ax: Axes, x: Any, y: Any, style: MethodStyle, phase: float) -> No
     if style.label.startswith("canonical"):
         line.set_linewidth(1.6 * line.get_linewidth())
     line.set_markevery((int(phase * step), step))
-
-
-def _label_lines(ax: Axes, ends: Sequence[tuple[float, float, MethodStyle]]) -> None:
-    """Write the labels of up to three lines beside their ends, else a legend."""
-    if len(ends) > 3:
-        ax.legend()
-        return
-    # Labels keep one line of text apart, around where their lines end.
-    height = 72 * ax.bbox.height / ax.figure.dpi
-    gap = 1.25 * plt.rcParams["font.size"]
-    to_axes = ax.transData + ax.transAxes.inverted()
-    ends = sorted(ends, key=lambda end: end[1])
-    natural = [height * to_axes.transform((x, y))[1] for x, y, _ in ends]
-    spread = natural.copy()
-    for upper in range(1, len(spread)):
-        spread[upper] = max(spread[upper], spread[upper - 1] + gap)
-    shift = max((sum(spread) - sum(natural)) / len(ends), spread[-1] - height)
-    for position, start, (_, y, style) in zip(spread, natural, ends, strict=True):
-        look = {"ha": "left", "va": "center", "annotation_clip": False}
-        look |= {"xycoords": ("axes fraction", "data"), "color": style.color}
-        _note(ax, style.label, (1, y), (5, position - shift - start), **look)
 
 
 def _note(ax: Axes, text: str, at: Any, shift: Any, **look: Any) -> None:

@@ -25,17 +25,14 @@ SWEEPS = {"row": "r", "column": "c", "row-column": "crcrcr"}
 RELU_GAIN = math.sqrt(2)  # for rows of norm 1: ReLU halves the power of the signal
 
 
-def condition_(
-    layer: Any, *, mode: str = "row", detach: bool = False, gain: float = RELU_GAIN
-) -> None:
+def condition_(layer: Any, *, mode: str = "row", gain: float = RELU_GAIN) -> None:
     """Let a layer use its equilibrated kernel, whose rows have norm ``gain`` (in RMS).
 
     Args:
         layer: A stock convolution or linear layer; or a CP layer, by rows only. It
             keeps its rank, and σ is its gain.
         mode: ``"row"``, ``"column"`` or ``"row-column"``, of each group's matrix.
-        detach: Whether the gradient takes the scales as constants. If not, the mode
-            ``"row"`` is weight norm with lengths that stay at the gain.
+            By rows a layer is that of weight norm with lengths that stay at the gain.
         gain: Factor of the equilibrated kernel.
     """
     canonical = issubclass(type(layer), CPLayer)
@@ -45,16 +42,16 @@ def condition_(
             f"mode is {mode!r}, expected one of {modes} for a {type(layer).__name__}."
         )
     if not canonical:
-        reparametrize_(layer, gain, partial(_equilibrated, mode=mode, detach=detach))
+        reparametrize_(layer, gain, partial(_equilibrated, mode=mode))
         return
     register = parametrize.register_parametrization
     with torch.no_grad():
         layer.scale.fill_(-gain if layer.scale < 0 else gain)
         layer.unit.fill_(1.0)
     layer.scale.requires_grad_(False)
-    register(layer, "lam", ConditionedCP(layer, "lam", detach))
+    register(layer, "lam", ConditionedCP(layer, "lam"))
     if layer.kernel_shape[0] > 1:
-        register(layer.factors, "0", ConditionedCP(layer, "rows", detach))
+        register(layer.factors, "0", ConditionedCP(layer, "rows"))
 
 
 def reparametrize_(
@@ -86,9 +83,9 @@ class Reparametrization(nn.Module):
             return (self.gain * self.constrain(matrix)).reshape(kernel.shape)
 
 
-def _equilibrated(matrix: Tensor, mode: str, detach: bool) -> Tensor:
+def _equilibrated(matrix: Tensor, mode: str) -> Tensor:
     """Rows of norm 1; columns alone ``√(rows / columns)``; both in turn."""
-    squares = (matrix.detach() if detach else matrix).square()
+    squares = matrix.square()
     rows = torch.ones_like(squares[:, :, :1])
     columns = torch.ones_like(squares[:, :1])
     for side in SWEEPS[mode]:
@@ -108,11 +105,10 @@ class ConditionedCP(nn.Module):
     length that its columns have then. The part is ``"lam"`` or ``"rows"``.
     """
 
-    def __init__(self, layer: CPLayer, part: str, detach: bool) -> None:
+    def __init__(self, layer: CPLayer, part: str) -> None:
         super().__init__()
         self._layer = (layer,)  # not a submodule: it would be one of its own
         self.part = part
-        self.detach = detach
 
     def forward(self, stored: Tensor) -> Tensor:
         """What takes the place of the stored parameter."""
@@ -127,7 +123,6 @@ class ConditionedCP(nn.Module):
             # ‖W_o‖² = a_o Λ (BᵀB * CᵀC * DᵀD) Λ a_oᵀ, without the kernel.
             gram = component_gram([used[None], *(unit[:, active] for unit in others)])
             scales = _inverse_root(((rows @ gram) * rows).sum(1, keepdim=True))
-            scales = scales.detach() if self.detach else scales
             (rows,), (lengths,) = normalize_columns([output * scales])
             return rows if self.part == "rows" else lam * lengths
 

@@ -13,8 +13,6 @@ from cpnb.cp import check_cp, component_gram, normalize_columns
 # ‖W‖² on average: above 3 by more than the zero kernel does. For two equal components
 # that is a cosine below −2/3.
 ENERGY_LIMIT = 3.0
-# Half precision's rounding, which inference is known to tolerate: Σ|λ| ≤ 4096·‖W‖.
-FLOAT32_LIMIT = 2.0**-11
 
 
 @dataclass(frozen=True)
@@ -57,15 +55,9 @@ class Degeneracy:
         """
         return not self.energy <= ENERGY_LIMIT
 
-    @property
-    def float32_safe(self) -> bool:
-        """Whether ``float32_error`` is at most `FLOAT32_LIMIT`."""
-        return self.float32_error <= FLOAT32_LIMIT
-
     def to_row(self) -> dict[str, int | float | bool]:
-        """The numbers and both flags as a dict, for a DataFrame."""
-        flags = {"float32_safe": self.float32_safe, "degenerate": self.degenerate}
-        return asdict(self) | flags
+        """The numbers and the flag as a dict, for a DataFrame."""
+        return asdict(self) | {"degenerate": self.degenerate}
 
 
 @torch.no_grad()

@@ -46,7 +46,7 @@ def normalize(
     not pickled before `remove_normalizer`. Options, with defaults:
 
     - ``"oni"``: ``iterations=5``, ``gain=√2``.
-    - ``"conditioned"``: ``mode="row"``, ``detach=False``, ``gain=√2``; see
+    - ``"conditioned"``: ``mode="row"``, ``gain=√2``; see
       `cpnb.methods.conditioning.condition_`.
     - ``"scaling"``: ``data``, ``mode="unit"``, ``c=1.0``, ``every=1``; see `Rescaling`,
       which the new model carries along in ``training_hooks`` for `cpnb.fit`.

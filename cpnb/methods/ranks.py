@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -145,18 +146,18 @@ _FORMS: dict[str, tuple[Callable[..., int], Callable[..., int]]] = {
 }
 
 
+@dataclass(eq=False)
 class NestedRank:
     """A training hook: make the first components of every CP layer work alone.
 
-    Every ``period``-th step trains the whole network. In every other step each CP layer
-    uses only its first components, their number drawn anew for every layer and step.
+    Every second step trains the whole network. In every other one each CP layer uses
+    only its first components, their number drawn anew for every layer and step.
     The later a component comes, the less often it is trained, always with those before
     it. So components order themselves by importance, and ``truncate`` with
     ``key="nested"``, which keeps the first ones, costs little.
 
-    Args:
+    Attributes:
         smallest: Smallest share of a layer's components in a shortened step, in (0, 1].
-        period: Steps from one of the whole network to the next; 1 never shortens it.
         seed: Seed of the draws, which depend on it and the number of the step only.
 
     Source: ordered prefixes as in nested dropout (Rippel et al. 2014, arXiv:1402.0915);
@@ -168,14 +169,13 @@ class NestedRank:
     'finished'
     """
 
-    def __init__(
-        self, smallest: float = 0.3, *, period: int = 2, seed: int = 0
-    ) -> None:
-        if not 0 < smallest <= 1:
-            raise ValueError(f"smallest is {smallest}, expected a share in (0, 1].")
-        self.smallest = smallest
-        self.period = period
-        self.seed = seed
+    smallest: float = 0.3
+    seed: int = field(default=0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        """Refuse what is no share."""
+        if not 0 < self.smallest <= 1:
+            raise ValueError(f"smallest is {self.smallest}, expected one in (0, 1].")
 
     def start(self, model: nn.Module, optimizer: Any) -> None:
         """Refuse a network without CP layers."""
@@ -188,7 +188,7 @@ class NestedRank:
     def before_forward(self, model: nn.Module, step: int) -> None:
         """Choose how many components each layer uses in this step."""
         self.stop(model)
-        if step % self.period == 0:
+        if step % 2 == 0:
             return
         layers = cp_layers(model).values()
         generator = torch.Generator()
@@ -206,7 +206,3 @@ class NestedRank:
         """Give every layer its full rank back."""
         for layer in cp_layers(model).values():
             layer.active_rank = None
-
-    def __repr__(self) -> str:
-        """The arguments, for the recipe of a run."""
-        return f"NestedRank({self.smallest:g}, period={self.period}, seed={self.seed})"

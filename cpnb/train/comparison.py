@@ -229,15 +229,12 @@ class Comparison:
         finals = self.finals
         finished = finals[finals.status == "finished"]
         groups = finished.groupby("recipe")
-        curves = self.final_curves
-        peaks = curves.loc[curves.groupby(CELL).validation_accuracy.idxmax()]
         table = pd.DataFrame({"lr": pd.Series(self.best, dtype=float)})
         table["n"] = [(finished.recipe == n).sum() for n in self.recipes]
         table["diverged"] = [(finals.recipe == n).sum() for n in self.recipes] - table.n
         for split in ("test", "validation"):
             table[split] = groups[f"{split}_accuracy"].mean()
             table[f"{split}_std"] = groups[f"{split}_accuracy"].std()
-        table["best_epoch"] = peaks.groupby("recipe").epoch.mean()
         return table.join(groups[["seconds", "images_per_second"]].mean())
 
     def against(self, reference: str) -> pd.DataFrame:

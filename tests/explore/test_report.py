@@ -1,11 +1,14 @@
-"""The truncation report against direct computation."""
+"""The truncation report, chains of stock layers, and costs, against direct ways."""
 
 import pytest
 import torch
 from torch import nn
+from torch.testing import assert_close
 
 import cpnb
-from cpnb.explore.report import count_flops, truncation_report
+from cpnb import CPConv1d, CPConv2d, CPConv3d, CPLinear
+from cpnb.explore.report import cost_table, count_flops, to_chain, truncation_report
+from cpnb.layers import CPConvTranspose2d
 
 
 @pytest.fixture
@@ -92,3 +95,58 @@ def test_report_refuses_networks_that_do_not_match(networks):
         truncation_report(before, other)
     with pytest.raises(ValueError, match="after has the CP layers"):
         truncation_report(nn.ReLU(), nn.ReLU())
+
+
+# Class, arguments, options, shape of an input.
+CHAINS = {
+    "grouped": (
+        CPConv2d,
+        (4, 6, 3, 2, 1, 2, 2),
+        {"padding_mode": "circular"},
+        (4, 9, 9),
+    ),
+    "one channel": (CPConv2d, (1, 6, 3), {"bias": False}, (1, 7, 7)),
+    "pointwise": (CPConv2d, (4, 6, 1, 2), {}, (4, 7, 7)),
+    "same": (CPConv1d, (3, 4, 3), {"padding": "same", "dilation": 2}, (3, 9)),
+    "3d": (CPConv3d, (2, 3, 2), {}, (2, 5, 5, 5)),
+    "linear": (CPLinear, (6, 4), {}, (5, 6)),
+    "transposed": (CPConvTranspose2d, (4, 6, 3, 2, 1, 1, 2), {}, (4, 5, 5)),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "options", "shape"), CHAINS.values(), ids=CHAINS
+)
+def test_chain_computes_the_layer_with_stock_layers_alone(
+    kind, arguments, options, shape
+):
+    layer = kind(*arguments, **options, rank=2).double()
+    chain = to_chain(layer.eval())
+    assert all(type(m).__module__.startswith("torch.nn") for m in chain.modules())
+    assert not any(module.training for module in chain.modules())
+    inputs = torch.randn(2, *shape, dtype=torch.float64)
+    assert_close(chain(inputs), layer(inputs))
+    biases = [n for n, _ in chain.named_parameters() if n.endswith("bias")]
+    assert len(biases) == (layer.bias is not None), "only in the last"
+
+
+def test_cost_table_counts_what_each_form_of_a_layer_takes():
+    net = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.ReLU(), nn.Flatten())
+    net = nn.Sequential(*net, CPLinear(8 * 36, 10, rank=3))
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    table = cost_table(net, (5, 4, 6, 6), turns=2)
+    conv, linear = table.loc["0"], table.loc["3"]
+    assert (conv.parameters, linear.parameters) == (8 * 4 * 9 + 8, count(net[3]))
+    assert conv.break_even == cpnb.from_layer(net[0], rank=9).break_even_rank
+    assert conv.flops_dense == 2 * 5 * 36 * 8 * 4 * 9
+    assert linear.flops_dense == 2 * 5 * 288 * 10
+    assert linear.flops_chain == 2 * 5 * 3 * (288 + 10)
+    assert conv[["flops_rebuilt", "flops_chain", "ms_chain"]].isna().all()
+    assert linear.flops_rebuilt > linear.flops_dense, "and the kernel's product"
+    # Kept are the inputs of both layers, and for a chain what lies between its two.
+    assert conv.kept_bytes_dense == 4 * 5 * 4 * 36
+    assert linear.kept_bytes_dense == 4 * 5 * 288
+    assert linear.kept_bytes_chain == 4 * 5 * (288 + 3)
+    assert (table.filter(like="ms_dense") > 0).all().all()
+    for name, value in net.state_dict().items():
+        assert value.equal(before[name])
