@@ -622,7 +622,7 @@ print(f"on the test images, looked at once: {cpnb.accuracy(small, data.test):.1%
 #
 # TEXT-SUMMARY
 #
-# **Next:** `07_factorized_layers`, low-rank layers and what decay does to them.
+# **Next:** `06_from_ranks_to_speed`: fewer parameters are not yet fewer milliseconds.
 #
 # **References.** Veeramacheneni, Wolter, Klein and Garcke, *Canonical convolutional
 # neural networks*, IJCNN 2022, [arXiv:2206.01509](https://arxiv.org/abs/2206.01509).
