@@ -183,13 +183,14 @@ SETS = {
     "CIFAR-10, four convolutions": "cifar10-small",
 }
 results = read_results("results")
-records = {title: results[name] for title, name in SETS.items()}
+records = {title: results[name] for title, name in SETS.items() if name in results}
 for title, record in records.items():
     runs = record.runs
     where = runs[["device", "processor", "threads", "torch"]].iloc[-1]
     print(f"{title}: {len(runs)} networks, {runs.seconds.sum() / 60:.0f} minutes,")
     state = "not complete" if record.missing() else "complete"
     print(f"  {state}; {', '.join(map(str, where))}, commit {runs.commit.iloc[-1][:7]}")
+print("no record yet:", *(name for name in EXPERIMENTS if name not in results))
 
 # %% [markdown]
 # **Predict:** the canonical network starts from a fit of the plain one. Does it learn
@@ -199,7 +200,7 @@ for title, record in records.items():
 # %%
 def panels(names, measure="validation_accuracy"):
     """Curves of some methods, a panel for each data set."""
-    fig, axes = plt.subplots(1, len(SETS), figsize=(11, 3.6))
+    fig, axes = plt.subplots(1, len(records), figsize=(11, 3.6))
     for ax, (title, record) in zip(axes, records.items(), strict=True):
         own = record.final_curves[record.final_curves.recipe.isin(names)]
         plots.plot_training(own, measure, ax)
@@ -244,16 +245,16 @@ def dots(ax, record):
 
 
 # %%
-fig, axes = plt.subplots(1, 4, figsize=(11, 3.8), sharey=True)
+fig, axes = plt.subplots(1, len(records) + 1, figsize=(11, 3.8), sharey=True)
 for ax, (title, record) in zip(axes, records.items(), strict=False):
     dots(ax, record)
     ax.set_title(title.replace(", ", "\n"))
 order = list(reversed(list(RECIPES)))
 labels = [plots.METHOD_STYLES[name].label.split(" +")[0] for name in order]
 axes[0].set_yticks(range(len(order)), labels)
-axes[3].barh(range(len(order)), methods["÷ none"][order], color=plots.GREY)
-axes[3].axvline(1, color=plots.INK, linewidth=1)
-axes[3].set(title="time of a step\n(LeNet-5, section 2)", xlabel="÷ none")
+axes[-1].barh(range(len(order)), methods["÷ none"][order], color=plots.GREY)
+axes[-1].axvline(1, color=plots.INK, linewidth=1)
+axes[-1].set(title="time of a step\n(LeNet-5, section 2)", xlabel="÷ none")
 plt.show()
 
 # %% [markdown]
@@ -291,7 +292,7 @@ def by_rate(record):
     return means.unstack()
 
 
-fig, axes = plt.subplots(1, len(SETS), figsize=(11, 3.6))
+fig, axes = plt.subplots(1, len(records), figsize=(11, 3.6))
 for ax, (title, record) in zip(axes, records.items(), strict=True):
     for name, scores in by_rate(record).loc[METHODS].iterrows():
         label, color, marker = plots.METHOD_STYLES[name]
@@ -363,7 +364,7 @@ def draw_curves(figure, record, methods, measure, axis):
 # %%
 explore(
     draw_curves,
-    record=[*SETS.values()],
+    record=[name for name in SETS.values() if name in results],
     methods=ipywidgets.SelectMultiple(options=[*RECIPES], value=METHODS, rows=9),
     measure=["validation_accuracy", "train_accuracy", "validation_loss", "train_loss"],
     axis=["epoch", "seconds"],

@@ -178,7 +178,6 @@ PAPER: dict[str, Any] = {"optimizer": "rmsprop", "schedule": None}
 PAPER |= {"epochs": 10, "batch_size": 64}
 LENET: dict[str, Any] = {"rank": RANKS}
 STARTING = {"epochs": 3, "batch_size": 64, "optimizer": "adam"}
-CUTTING = {"epochs": 6, "batch_size": 32}
 
 # fmt: off
 EXPERIMENTS = {
@@ -217,7 +216,7 @@ EXPERIMENTS = {
         (1e-3,), seeds=range(3),
     ),
     "truncation-mnist-lenet-paper-cpu": Experiment(
-        "The same, canonical at the authors' ranks, cut to 100…5 % of its components "
+        "As before, canonical at the authors' ranks, cut to 100…5 % of its components "
         "without fine-tuning: their power start, the unified one, nested training, "
         "3 seeds",
         partial(first_images, "mnist"),
@@ -226,15 +225,6 @@ EXPERIMENTS = {
                                    ("power-nested", "power", ["NestedRank"]),
                                    ("unified", "unified", []))],
         (1e-3,), seeds=range(3), measure=dict(name="truncation_curve", epochs=0),
-    ),
-    "truncation-mnist-lenet-cpu": Experiment(
-        "MNIST, 24,000 images, LeNet cut to 100…5 % of its components, before and "
-        "after fine-tuning, trained plainly and nested, 6 epochs, 5 seeds",
-        partial(first_images, "mnist", 24000, 1000),
-        [Recipe(name, "LeNet", "canonical", LENET | {"init": "unified"}, hooks, CUTTING)
-         for name, hooks in (("plain", []), ("nested", ["NestedRank"]))],
-        (2e-3, 4e-3), tune_seeds=(100, 101),
-        measure=dict(name="truncation_curve", batch_size=64, lr=1e-3, epochs=1),
     ),
     "initialization-mnist": Experiment(
         "MNIST, 6,000 images, LeNet, six starts, 3 epochs, 5 seeds",
