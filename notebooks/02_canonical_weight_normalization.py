@@ -872,8 +872,7 @@ check_mean("exercise 3, solution", mean_step_solution)
 #   training and weight normalization reach 98.3 % and the canonical networks about a
 #   point less.
 #
-# **Next:** `05_truncation` removes components from a trained network and counts what
-# that costs.
+# **Next:** `03_initialization`: where should a canonical network start?
 #
 # **References.** L. Veeramacheneni, M. Wolter, R. Klein, J. Garcke, *Canonical
 # convolutional neural networks*, 2022, arXiv:2206.01509. T. Salimans, D. Kingma,

@@ -969,7 +969,7 @@ print(textwrap.fill(answer(), 84))
 # `04_training_curves` and `07_factorized_layers` start as they say there; where they
 # contradict this, they were made before the step gauge or at a tenth of the parameters.
 #
-# **Next:** `05_truncation` takes components away from a trained network.
+# **Next:** `04_training_curves` compares the normalizations on all images.
 #
 # **References.** L. Veeramacheneni, M. Wolter, R. Klein, J. Garcke, *Canonical
 # convolutional neural networks*, 2022, arXiv:2206.01509. Y. Pan et al., *A

@@ -947,7 +947,7 @@ for line in (
 #   else; and a small condition number is no promise.
 # - Filter-normalised slices are not safe from the symmetry: balance first.
 #
-# **Next:** `05_truncation`, where the kernels become smaller.
+# **Next:** `09_your_own_model` compresses a network of your own.
 #
 # **References.** Yuan, Xiao, *Scaling-based weight normalization for deep neural
 # networks*, 2019, doi:10.1109/ACCESS.2018.2890373. P. Stock, B. Graham, R. Gribonval,
