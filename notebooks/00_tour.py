@@ -337,7 +337,7 @@ def check_parameters(function):
 check_parameters(kernel_parameters)
 
 
-# %% tags=["solution"]
+# %% tags=["solution"] jupyter={"source_hidden": true}
 def kernel_parameters_solution(shape, rank):
     """Parameters of a CP kernel of this shape and rank."""
     return 1 + rank * (1 + sum(size for size in shape if size > 1))
@@ -379,7 +379,7 @@ def check_share(function, target=0.85):
 check_share(smallest_share)
 
 
-# %% tags=["solution"]
+# %% tags=["solution"] jupyter={"source_hidden": true}
 def smallest_share_solution(table, target):
     """Smallest fraction of components with at least the target accuracy."""
     return table.keep[table.accuracy >= target].min()

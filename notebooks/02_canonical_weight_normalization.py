@@ -145,7 +145,7 @@ def my_weight(sigma, lam, factors):
 check("exercise 1", my_weight(tiny.sigma, tiny.lam, tiny.factors), tiny.weight)
 
 
-# %% tags=["solution"]
+# %% tags=["solution"] jupyter={"source_hidden": true}
 def my_weight_solution(sigma, lam, factors):
     """Weight of a linear layer from its CP parameters."""
     A, B = (factor / factor.norm(dim=0) for factor in factors)
@@ -367,7 +367,7 @@ def check_decay(found):
 check_decay(lengths_with_decay())
 
 
-# %% tags=["solution"]
+# %% tags=["solution"] jupyter={"source_hidden": true}
 def lengths_with_decay_solution():
     """Column lengths (epochs + 1, columns) and accuracy of a run with weight decay."""
     return column_lengths(0.2, weight_decay=0.01)
@@ -839,7 +839,7 @@ def check_mean(title, function):
 check_mean("exercise 3", mean_step)
 
 
-# %% tags=["solution"]
+# %% tags=["solution"] jupyter={"source_hidden": true}
 def mean_step_solution(sizes, rank, c):
     """Mean eigenvalue of J Jᵀ, columns only."""
     return rank * sum(size - 1 for size in sizes) / c**2 / math.prod(sizes)

@@ -171,7 +171,7 @@ def check_lam(title, function):
 check_lam("exercise 1", matched_lam)
 
 
-# %% tags=["solution"]
+# %% tags=["solution"] jupyter={"source_hidden": true}
 def matched_lam_solution(shape, rank, mode, phi):
     """λ of every component."""
     channels = shape[0] if mode == "fan_in" else shape[1]
@@ -359,7 +359,7 @@ def check_spread(title, function):
 check_spread("exercise 2", spread)
 
 
-# %% tags=["solution"]
+# %% tags=["solution"] jupyter={"source_hidden": true}
 def spread_solution(ratios):
     """Standard deviation over mean."""
     return ratios.std() / ratios.mean()
@@ -529,7 +529,7 @@ def check_balanced(title, start):
 check_balanced("exercise 3", balanced)
 
 
-# %% tags=["solution"]
+# %% tags=["solution"] jupyter={"source_hidden": true}
 def balanced_solution(shape, rank, **options):
     """λ and factors of a start between fan-in and fan-out."""
     lam, factors = unified(shape, rank, **options)

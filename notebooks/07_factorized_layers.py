@@ -160,7 +160,7 @@ def my_unfold(kernel):
 check("exercise 1", my_unfold(kernel), moved)
 
 
-# %% tags=["solution"]
+# %% tags=["solution"] jupyter={"source_hidden": true}
 def my_unfold_solution(kernel):
     """The matrix, shape (out · height, in · width)."""
     out, channels, height, width = kernel.shape
@@ -275,7 +275,7 @@ check(
 )
 
 
-# %% tags=["solution"]
+# %% tags=["solution"] jupyter={"source_hidden": true}
 def frobenius_gradient_solution(U, V, mu):
     """Gradients of (μ/2)‖U Vᵀ‖² by U and by V."""
     return mu * U @ (V.T @ V), mu * V @ (U.T @ U)
@@ -741,7 +741,7 @@ MOVED = torch.tensor([-1.0, 0.0, 0.0, 0.0, 0.5])
 check("exercise 3", soft_threshold(VALUES, 1.0), MOVED)
 
 
-# %% tags=["solution"]
+# %% tags=["solution"] jupyter={"source_hidden": true}
 def soft_threshold_solution(values, threshold):
     """Every value moved towards zero by the threshold, not beyond."""
     return values.sign() * (values.abs() - threshold).clamp_min(0)

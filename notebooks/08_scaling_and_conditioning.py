@@ -189,7 +189,7 @@ def check_balance(title, function):
 check_balance("exercise 1", balance)
 
 
-# %% tags=["solution"]
+# %% tags=["solution"] jupyter={"source_hidden": true}
 def balance_solution(w, v):
     """The scale that makes the sum of squares smallest."""
     return (v.norm() / w.norm()).sqrt()
@@ -233,7 +233,7 @@ def check_columns(title, function):
 check_columns("exercise 2", columns)
 
 
-# %% tags=["solution"]
+# %% tags=["solution"] jupyter={"source_hidden": true}
 def columns_solution(d, layer):
     """Scale of each input of a layer, shape (inputs,)."""
     return d.repeat_interleave(layer.weight.shape[1] // len(d))
@@ -643,7 +643,7 @@ def check_equilibrate(title, function):
 check_equilibrate("exercise 3", equilibrate)
 
 
-# %% tags=["solution"]
+# %% tags=["solution"] jupyter={"source_hidden": true}
 def equilibrate_solution(W):
     """Rows of norm one."""
     return W / W.norm(dim=1, keepdim=True)

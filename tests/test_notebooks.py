@@ -70,6 +70,8 @@ def test_notebook_cells_are_short_enough_to_read(script):
         lines = [line for line in cell.source.splitlines() if line.strip()]
         if cell.cell_type == "code":
             assert len(lines) <= 25, lines[0]
+        if "solution" in cell.metadata.get("tags", []):
+            assert cell.metadata.jupyter == {"source_hidden": True}, "folded"
 
 
 @every_notebook
