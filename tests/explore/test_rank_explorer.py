@@ -221,7 +221,7 @@ def test_newest_wins_drops_what_was_overtaken_and_what_comes_after_the_end():
 
 
 @pytest.mark.parametrize(
-    "times", [1, pytest.param(10, marks=pytest.mark.slow)], ids=["once", "often"]
+    "times", [1, pytest.param(20, marks=pytest.mark.slow)], ids=["once", "often"]
 )
 def test_explorer_lets_the_interpreter_exit_while_it_measures(times):
     code = NETWORK + (
