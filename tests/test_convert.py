@@ -11,7 +11,6 @@ from torch import nn
 from torch.nn.utils import parametrizations
 from torch.testing import assert_close
 
-import cpnb
 from cpnb import CPConv1d, CPConv2d, CPConv3d, CPLinear
 from cpnb.convert import canonicalize, cp_layers, from_layer, to_dense
 from cpnb.decompose import power_method
@@ -376,33 +375,3 @@ def test_conversions_copy_an_attribute_that_calls_a_layer(call):
         with torch.no_grad():
             new.fc.bias.add_(100)
         assert new(torch.randn(5, 4)).min() > 150
-
-
-class UNet(nn.Module):
-    """One step down and, by a transposed convolution, up again."""
-
-    def __init__(self):
-        super().__init__()
-        self.down = nn.Conv2d(1, 4, 3, padding=1)
-        self.mid = nn.Conv2d(4, 8, 3, stride=2, padding=1)
-        self.up = nn.ConvTranspose2d(8, 4, 2, stride=2)
-        self.head = nn.Linear(8 * 64, 10)
-
-    def forward(self, images):
-        wide = self.down(images).relu()
-        up = self.up(self.mid(wide).relu(), output_size=wide.shape[-2:])
-        return self.head(torch.cat([wide, up], 1).relu().flatten(1))
-
-
-def test_unet_goes_through_every_operation():
-    data = cpnb.load_data(train_size=128)
-    net = canonicalize(UNet(), rank=0.9)
-    cpnb.fit(net, data, epochs=1, progress=False)
-    images = data.test.standardized()[:8]
-    assert_close(to_dense(net)(images), net(images), rtol=1e-4, atol=1e-4)
-    options = {"key": "activation", "refit": "data", "data": data, "progress": False}
-    sweep = cpnb.rank_sweep(net, data, ranks={"up": [2, 4]}, progress=False)
-    for rank in (2, 4):
-        cut = truncate(net, rank={"up": rank})
-        assert cpnb.accuracy(cut, data) == sweep.accuracy({"up": rank})
-        assert truncate(net, rank=rank, **options).up.rank == rank

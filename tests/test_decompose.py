@@ -84,27 +84,9 @@ def test_power_method_is_the_svd_for_a_matrix():
     assert_close(result.lam, torch.linalg.svdvals(matrix)[:3])
 
 
-def test_power_method_is_at_least_as_good_as_tensorly():
-    import numpy as np
-    from tensorly.decomposition import CPPower
-
-    kernel = random_kernel((8, 6, 3, 3))
-    state = np.random.get_state()  # noqa: NPY002 - TensorLy draws from it
-    try:
-        np.random.seed(0)  # noqa: NPY002
-        lam, factors = CPPower(rank=8).fit_transform(kernel.numpy())
-    finally:
-        np.random.set_state(state)  # noqa: NPY002
-    peer = error_of(kernel, torch.from_numpy(lam), list(map(torch.from_numpy, factors)))
-    mine = power_method(kernel, 8, generator=seeded()).relative_error
-    # Greedy paths part ways with their starts: 2 % is the spread over seeds here.
-    assert mine <= peer * 1.02
-
-
 def test_power_method_pads_with_zero_lambda_when_nothing_is_left():
-    for shape in ((4, 3), (4, 3, 3)):
+    for shape, rank in (((4, 3), 5), ((4, 3, 3), 60)):
         kernel, _ = exact_kernel(shape, rank=2)
-        rank = 5 if len(shape) == 2 else 60
         result = power_method(kernel, rank, generator=seeded())
         assert result.relative_error < 1e-12
         assert result.lam[rank - 2 :].abs().max() < 1e-12
@@ -132,14 +114,19 @@ def test_als_recovers_every_component_of_a_low_rank_kernel():
     assert_close(fitted, factors, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("damping", [0.0, 1e-3])
-def test_als_never_fits_worse_with_more_sweeps(damping):
+TEXTBOOK = {"extrapolate": False, "start": "random"}
+
+
+@pytest.mark.parametrize(
+    ("damping", "options"), [(0.0, {}), (1e-3, {}), (0.0, TEXTBOOK)]
+)
+def test_als_never_fits_worse_with_more_sweeps(damping, options):
     """The best factors met are kept, also across extrapolations that went wrong."""
     kernel = random_kernel((6, 5, 3, 3))
 
     def goal(sweeps):
-        options = {"sweeps": sweeps, "damping": damping, "tol": 0}
-        result = als(kernel, 12, **options, generator=seeded())
+        settings = {"sweeps": sweeps, "damping": damping, "tol": 0, **options}
+        result = als(kernel, 12, **settings, generator=seeded())
         size = 4 * (result.lam / kernel.norm()).sqrt().sum().item()
         return result.relative_error**2 * (1 + damping * size)
 
@@ -148,17 +135,6 @@ def test_als_never_fits_worse_with_more_sweeps(damping):
     slack = 1 + 10 * damping
     assert all(b <= a * slack + 1e-12 for a, b in itertools.pairwise(goals))
     assert goals[-1] < 0.6 * goals[0]
-
-
-def test_textbook_als_never_raises_the_error():
-    kernel = random_kernel((6, 5, 3, 3))
-    textbook = {"damping": 0, "tol": 0, "extrapolate": False, "start": "random"}
-    errors = [
-        als(kernel, 4, sweeps=n, **textbook, generator=seeded()).relative_error
-        for n in (1, 2, 3, 4, 6, 8, 12)
-    ]
-    assert all(b <= a + 1e-12 for a, b in itertools.pairwise(errors))
-    assert errors[-1] < errors[0]
 
 
 def test_damping_keeps_components_small_at_almost_no_cost():
@@ -182,10 +158,7 @@ def test_als_ridge_holds_lambda_down_on_a_degenerate_kernel():
 
 
 def test_als_says_what_to_do_when_every_retry_fails(monkeypatch):
-    def fail(gram, product):
-        return torch.full_like(product, math.nan)
-
-    monkeypatch.setattr(decompose, "_solve", fail)
+    monkeypatch.setattr(decompose, "_solve", lambda gram, product: product * math.nan)
     with pytest.raises(ArithmeticError, match=r"rank 2 .* Lower the rank or use power"):
         als(random_kernel((4, 3, 2)), 2)
 
@@ -195,11 +168,7 @@ def test_als_says_what_to_do_when_every_retry_fails(monkeypatch):
     ("kernel", "rank", "text"),
     [
         (torch.zeros(4, 3, 2), 2, "is a vector or zero, expected at least two modes"),
-        (
-            torch.ones(5),
-            2,
-            r"kernel of shape \(5,\) is a vector or zero, expected at least two modes",
-        ),
+        (torch.ones(5), 2, r"kernel of shape \(5,\) is a vector or zero, expected at"),
         (torch.ones(0, 3, 2), 2, r"kernel of shape \(0, 3, 2\)"),
         (torch.ones(4, 3) * math.nan, 2, "kernel has 12 NaN or infinite entries out"),
         (torch.ones(4, 3, 2), 0, "rank is 0"),

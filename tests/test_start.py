@@ -19,18 +19,13 @@ def start(tmp_path, monkeypatch):
     spec = importlib.util.spec_from_file_location("start", ROOT / "start.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "ROOT", tmp_path)
-    monkeypatch.setattr(module, "VENV", tmp_path / ".venv")
-    monkeypatch.setattr(module, "PYTHON", tmp_path / ".venv" / "python")
-    monkeypatch.setattr(module, "STAMP", tmp_path / ".venv" / "stamp")
+    venv = tmp_path / ".venv"
+    paths = {"VENV": venv, "PYTHON": venv / "python", "STAMP": venv / "stamp"}
+    for name, path in {"ROOT": tmp_path, **paths}.items():
+        monkeypatch.setattr(module, name, path)
     for name in ("pyproject.toml", "constraints.txt"):
         (tmp_path / name).write_text(name)
-    handlers = {
-        name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)
-    }
-    yield module
-    for name, handler in handlers.items():
-        signal.signal(name, handler)
+    return module
 
 
 @pytest.fixture
@@ -100,10 +95,6 @@ def test_start_says_what_to_install_when_python_has_no_venv(start, monkeypatch):
 def test_start_names_its_commands_when_it_gets_another(start, arguments):
     with pytest.raises(SystemExit, match=r"start.py \{lab,test\}"):
         start.main(arguments)
-
-
-def test_start_passes_on_the_exit_status(start):
-    assert start.run(sys.executable, "-c", "raise SystemExit(3)") == 3
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")

@@ -174,10 +174,7 @@ def test_mean_step_is_that_of_its_formula_and_the_largest_bounded(
 # --- curvature ------------------------------------------------------------------------
 
 
-@pytest.fixture
-def batch():
-    return draw(12, 1, 4, 4), torch.arange(12) % 3
-
+BATCH = draw(12, 1, 4, 4), torch.arange(12) % 3
 
 NETS = {
     "two layers": [nn.Flatten(), nn.Linear(16, 4), nn.Tanh(), nn.Linear(4, 3)],
@@ -212,16 +209,16 @@ def top(net, pair, **options):
 
 
 @pytest.mark.parametrize("chunk", [1000, 5])
-def test_eigenvalue_is_the_largest_of_the_dense_hessian(batch, net, chunk, monkeypatch):
+def test_eigenvalue_is_the_largest_of_the_dense_hessian(net, chunk, monkeypatch):
     monkeypatch.setattr("cpnb.explore.diagnostics._CHUNK", chunk)
     state = copy.deepcopy(net.state_dict())
-    found = top(net, batch, tolerance=1e-5)
+    found = top(net, BATCH, tolerance=1e-5)
     assert net.training and all(p.grad is None for p in net.parameters())
     assert all(torch.equal(v, state[name]) for name, v in net.state_dict().items())
-    expected = dense_eigenvalues(net.eval(), *batch)[-1].item()
+    expected = dense_eigenvalues(net.eval(), *BATCH)[-1].item()
     assert found.value == pytest.approx(expected, rel=1e-6)
     assert found.residual <= 1e-4 * found.value
-    single = top(net.float(), (batch[0].float(), batch[1]))
+    single = top(net.float(), (BATCH[0].float(), BATCH[1]))
     assert single.value == pytest.approx(expected, rel=1e-3)
 
 
@@ -247,11 +244,11 @@ def test_eigenvalue_is_the_largest_beside_larger_negative_ones(curves, value):
     assert top(Quadratic(curves), pair).value == pytest.approx(value, abs=1e-6)
 
 
-def test_eigenvalue_is_of_the_trainable_parameters_alone(batch):
+def test_eigenvalue_is_of_the_trainable_parameters_alone():
     net = nn.Sequential(*copy.deepcopy(NETS["two layers"])).double()
     net[1].requires_grad_(False)
-    values = dense_eigenvalues(net[3], net[:3](batch[0]).detach(), batch[1])
-    assert top(net, batch).value == pytest.approx(values[-1].item(), rel=1e-6)
+    values = dense_eigenvalues(net[3], net[:3](BATCH[0]).detach(), BATCH[1])
+    assert top(net, BATCH).value == pytest.approx(values[-1].item(), rel=1e-6)
 
 
 # --- slices ---------------------------------------------------------------------------
@@ -288,13 +285,10 @@ def direction(net, kinds):
     for name, kind in kinds.items():
         values = net.get_parameter(name).detach()
         draw = torch.randn(values.shape, generator=generator, dtype=torch.float64)
-        axis = {"row": 0, "column": 1, "whole": None}[kind]
-        filters = [(draw, values)]
-        if axis is not None:
-            filters = zip(draw.unbind(axis), values.unbind(axis), strict=True)
-        for one, own in filters:
-            one.mul_(own.norm() / one.norm())
-        found[name] = draw
+        inner = tuple(range(1, values.ndim))
+        axes = {"row": inner, "column": 0, "whole": None}[kind]
+        own, drawn = (x.square().sum(axes, keepdim=True) for x in (values, draw))
+        found[name] = draw * (own / drawn).sqrt()
     return found
 
 
@@ -302,15 +296,13 @@ def direction(net, kinds):
 @pytest.mark.parametrize(
     ("build", "kinds"), [(make_net, LINES), (normed, NORMED_LINES)]
 )
-def test_slice_holds_the_losses_of_the_moved_model(
-    batch, build, kinds, chunk, monkeypatch
-):
+def test_slice_holds_the_losses_of_the_moved_model(build, kinds, chunk, monkeypatch):
     monkeypatch.setattr("cpnb.explore.diagnostics._CHUNK", chunk)
     net = build()
     net[-1].eval()
     state = copy.deepcopy(net.state_dict())
     options = {"span": 0.5, "points": 5, "progress": False}
-    offsets, losses = loss_slice(net, batch, generator=seeded(), **options)
+    offsets, losses = loss_slice(net, BATCH, generator=seeded(), **options)
     assert all(torch.equal(v, state[name]) for name, v in net.state_dict().items())
     assert net.training and net[1].training and not net[-1].training
     assert offsets.tolist() == [-0.5, -0.25, 0.0, 0.25, 0.5]
@@ -320,4 +312,4 @@ def test_slice_holds_the_losses_of_the_moved_model(
         with torch.no_grad():
             for name, step in line.items():
                 moved.get_parameter(name).add_(offset * step)
-        assert loss == pytest.approx(cpnb.train.evaluate(moved, batch)["loss"])
+        assert loss == pytest.approx(cpnb.train.evaluate(moved, BATCH)["loss"])

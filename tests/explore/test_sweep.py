@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -66,17 +67,11 @@ def naive(model, data, ranks, **options):
     images, labels = data
     with torch.no_grad():
         right = (cut(images).argmax(1) == labels).sum().item()
-    off, whole = (
-        torch.cat([x.flatten().double() for x in kernels])
-        for kernels in (
-            [
-                model.get_submodule(n).weight - cut.get_submodule(n).weight
-                for n in ranks
-            ],
-            [model.get_submodule(name).weight for name in ranks],
-        )
+    whole, kept = (
+        torch.cat([net.get_submodule(name).weight.flatten().double() for name in ranks])
+        for net in (model, cut)
     )
-    return cut, right, (off.norm() / whole.norm()).item()
+    return cut, right, ((whole - kept).norm() / whole.norm()).item()
 
 
 @pytest.mark.parametrize("refit", [False, True, "data"])
@@ -84,8 +79,7 @@ def naive(model, data, ranks, **options):
 @pytest.mark.parametrize("layer", RANKS)
 def test_rank_sweep_equals_naive_evaluation(model, data, layer, key, refit):
     options = {"key": key, "refit": refit}
-    ranks = {layer: None}
-    sweep = rank_sweep(model, data, ranks=ranks, progress=False, **options)
+    sweep = rank_sweep(model, data, ranks={layer: None}, progress=False, **options)
     assert sweep.table["axis"].unique().tolist() == [layer]
     assert sweep.table["rank"].tolist() == list(range(1, RANKS[layer] + 1))
     assert (sweep.key, sweep.refit) == (key, refit)
@@ -134,9 +128,7 @@ def test_rank_sweep_leaves_the_model_as_it_was(model, data):
     model.norm.eval()
     before = copy.deepcopy(model.state_dict())
     rank_sweep(model, data, progress=False, refit=True)
-    after = model.state_dict()
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert all(torch.equal(before[n], v) for n, v in model.state_dict().items())
     assert model.training and model.conv1.training and not model.norm.training
 
 
@@ -153,15 +145,11 @@ def test_rank_sweep_takes_a_layer_alone():
 
 
 def test_rank_sweep_uses_the_validation_split_of_a_data_set(model, data):
-    class Splits:
-        name = "three"
-        train = test = (data[0][:1], data[1][:1])
-        validation = data
-
-    sweep = rank_sweep(model, Splits(), ranks={"fc": None}, progress=False)
+    others = dict.fromkeys(("train", "test"), (data[0][:1], data[1][:1]))
+    splits = SimpleNamespace(name="three", validation=data, **others)
+    sweep = rank_sweep(model, splits, ranks={"fc": None}, progress=False)
     assert (sweep.images, sweep.data, sweep.network) == (60, "three", "Net")
-    pair = rank_sweep(model, data, ranks={"fc": None}, progress=False)
-    assert sweep.table.equals(pair.table)
+    assert sweep.accuracy() == 1.0
 
 
 @pytest.mark.parametrize("together", [True, False])
@@ -240,31 +228,17 @@ def test_sweep_survives_a_file(sweep, tmp_path):
 
 def test_sweep_load_refuses_other_files(tmp_path):
     path = tmp_path / "sweep.json"
+    text = r"expected a file written by RankSweep\.save"
     for content in ({"format": "cpnb rank sweep", "version": 2}, [1], "sweep"):
         path.write_text(json.dumps(content))
-        with pytest.raises(
-            ValueError, match=r"expected a file written by RankSweep\.save"
-        ):
+        with pytest.raises(ValueError, match=text):
             RankSweep.load(path)
-
-
-def test_sweep_refuses_another_network(model, sweep):
-    sweep.check_model(copy.deepcopy(model))
-    with torch.no_grad():
-        model.norm.running_mean[0] += 1
-    with pytest.raises(ValueError, match="but the Net given has other weights"):
-        sweep.check_model(model)
 
 
 def test_weights_hash_is_that_of_names_types_shapes_and_bytes():
     layer = nn.Linear(2, 1, bias=False, dtype=torch.bfloat16)
     nn.init.ones_(layer.weight)
-    ones = b"\x80\x3f" * 2
-    expected = hashlib.sha256(b"weight:torch.bfloat16:(1, 2);" + ones).hexdigest()
+    layer.register_buffer("n", torch.tensor([7], dtype=torch.uint8))
+    content = b"weight:torch.bfloat16:(1, 2);" + b"\x80\x3f" * 2
+    expected = hashlib.sha256(content + b"n:torch.uint8:(1,);\x07").hexdigest()
     assert weights_hash(layer) == expected
-
-
-def test_sweep_writes_a_page_without_a_kernel(sweep, tmp_path):
-    page = sweep.to_html(tmp_path / "sweep.html")
-    assert (tmp_path / "sweep.html").read_text(encoding="utf-8") == page
-    assert page.startswith("<!DOCTYPE html>") and "conv2" in page

@@ -28,7 +28,7 @@ def test_explore_makes_the_control_that_fits_the_values():
     assert box.words == str(first)
 
 
-def test_explore_draws_anew_when_a_control_moves_and_only_then():
+def test_explore_draws_anew_when_a_control_moves_also_for_pages_without_a_kernel():
     drawn = []
     box = explore(lambda figure, n: drawn.append(n) or draw(figure, n=n), n=range(5))
     before = bytes(box.image.value)
@@ -37,6 +37,10 @@ def test_explore_draws_anew_when_a_control_moves_and_only_then():
     assert drawn == [0, 3]
     assert box.image.value != before
     assert box.status.value == '<p role="status">values &lt; {&#x27;n&#x27;: 3}</p>'
+    bundle = box._repr_mimebundle_()
+    assert base64.b64decode(bundle["image/png"]) == box.image.value
+    assert bundle["text/plain"] == box.words == "values < {'n': 3}"
+    assert "application/vnd.jupyter.widget-view+json" in bundle
 
 
 def test_explore_gives_each_slider_a_menu_of_the_same_name_that_follows_it():
@@ -62,14 +66,6 @@ def test_explore_says_what_went_wrong_and_recovers():
     assert 'role="status"' in box.status.value
 
 
-def test_explore_shows_picture_and_words_on_pages_without_a_kernel():
-    box = explore(draw, n=[1, 2])
-    bundle = box._repr_mimebundle_()
-    assert base64.b64decode(bundle["image/png"]) == box.image.value
-    assert bundle["text/plain"] == box.words
-    assert "application/vnd.jupyter.widget-view+json" in bundle
-
-
 @pytest.fixture
 def executing(monkeypatch):
     """Pretend that a cell of JupyterLab is executing."""
@@ -83,22 +79,15 @@ def executing(monkeypatch):
 
 
 def test_close_previous_closes_what_the_last_run_of_the_cell_made(executing):
-    def closed(box):
-        return box.comm is None
-
     executing("a", "1")
     first, second = explore(draw, n=[1]), explore(draw, n=[1])
     executing("b", "2")
     other = explore(draw, n=[1])
-    assert not closed(first)
+    assert first.comm is not None
     executing("a", "3")
     third = explore(draw, n=[1])
-    assert list(map(closed, (first, second, other, third))) == [
-        True,
-        True,
-        False,
-        False,
-    ]
+    closed = [box.comm is None for box in (first, second, other, third)]
+    assert closed == [True, True, False, False]
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import copy
 import math
 import re
 from types import SimpleNamespace
-from unittest.mock import Mock
+from unittest.mock import Mock, call
 
 import pytest
 import torch
@@ -19,6 +19,7 @@ from cpnb.train.loop import fast_mode, fit
 from cpnb.train.models import DigitsNet
 
 QUIET = {"progress": False}
+DIGITS = load_data("digits")
 SGD = {"optimizer": "sgd", "lr": 0.1}
 CALLS = ["start", "before_forward", "before_step", "after_step", "after_epoch", "stop"]
 
@@ -48,11 +49,6 @@ def weights(model):
 
 def same(first, second):
     return all(map(torch.equal, first, second))
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return load_data("digits")
 
 
 def test_fit_equals_a_plain_torch_loop():
@@ -85,11 +81,11 @@ def test_fit_equals_a_plain_torch_loop():
     torch.testing.assert_close(weights(model), weights(reference))
 
 
-def test_fit_default_recipe_trains_a_cp_network_on_real_digits(digits):
+def test_fit_default_recipe_trains_a_cp_network_on_real_digits():
     model = canonicalize(DigitsNet(generator=seeded(0)), generator=seeded(0))
-    assert accuracy(model, digits) < 0.3
-    last = fit(model, digits, epochs=8, **QUIET).history[-1]
-    measured = evaluate(model, digits)
+    assert accuracy(model, DIGITS) < 0.3
+    last = fit(model, DIGITS, epochs=8, **QUIET).history[-1]
+    measured = evaluate(model, DIGITS)
     assert measured["accuracy"] > 0.93
     assert last["validation_accuracy"] == measured["accuracy"]
     assert last["validation_loss"] == pytest.approx(measured["loss"], rel=1e-5)
@@ -157,10 +153,10 @@ def test_fit_keeps_epochs_puts_back_states_and_stops_hooks(ending, act, epochs):
     hook.stop.assert_called_once_with(model)
 
 
-def test_fit_recipe_names_what_was_used(digits):
+def test_fit_recipe_names_what_was_used():
     settings = {"epochs": 1, "batch_size": 500, "seed": 3, "lr": 0.01}
     settings |= {"schedule": None, "weight_decay": 0.1}
-    run = fit(DigitsNet(), digits, augment=Augment(crop=1), **settings, **QUIET)
+    run = fit(DigitsNet(), DIGITS, augment=Augment(crop=1), **settings, **QUIET)
     assert run.recipe == settings | {
         **{"model": "DigitsNet", "data": "digits", "data_seed": 0},
         **{"images": [1079, 359], "optimizer": "adam", "momentum": None},
@@ -204,15 +200,10 @@ def test_fit_says_at_which_step_and_rate_it_diverged_and_what_to_try():
 
 
 def test_fit_calls_back_after_each_epoch_with_its_record():
-    model, seen = small_net(), []
-
-    def collect(epoch, trained, record):
-        seen.append((epoch, trained[0].weight[0, 0].item(), record))
-
-    run = fit(model, pair(), epochs=3, callback=collect, **QUIET)
-    epochs, values, records = zip(*seen, strict=True)
-    assert (epochs, [*records]) == ((1, 2, 3), run.history)
-    assert values[0] != values[1] != values[2] == model[0].weight[0, 0].item()
+    model, callback = small_net(), Mock()
+    run = fit(model, pair(), epochs=3, callback=callback, **QUIET)
+    expected = [call(n, model, record) for n, record in enumerate(run.history, 1)]
+    assert callback.call_args_list == expected and len(expected) == 3
 
 
 def test_fit_calls_hooks_around_each_step_and_those_of_the_model_first():
@@ -220,25 +211,21 @@ def test_fit_calls_hooks_around_each_step_and_those_of_the_model_first():
     both.attach_mock(Mock(spec=CALLS), "own")
     both.attach_mock(Mock(spec=CALLS), "given")
     model.training_hooks = [both.own]
-    run = fit(model, pair(), epochs=2, batch_size=15, hooks=[both.given], **QUIET)
+    both.own.before_step.side_effect = lambda net, *_: net[0].weight.grad.zero_()
+    both.given.after_step.side_effect = lambda net, _, n: net[2].bias.data.fill_(n)
+    settings = {"epochs": 2, "batch_size": 15, "hooks": [both.given], **SGD, **QUIET}
+    run = fit(model, pair(), **settings)
     epoch = [*CALLS[1:4], *CALLS[1:4], "after_epoch"]
-    calls = [call[0] for call in both.method_calls]
+    calls = [name for name, *_ in both.method_calls]
     expected = [f"{who}.{n}" for n in ["start", *epoch * 2] for who in ("own", "given")]
     assert calls == [*expected, "given.stop", "own.stop"]
-    steps = [call.args[-1] for call in both.given.after_step.call_args_list]
+    steps = [each.args[-1] for each in both.given.after_step.call_args_list]
     assert steps == [0, 1, 2, 3]
+    # Gradients change before a step, weights after it.
+    assert torch.equal(model[0].weight, small_net()[0].weight)
+    assert not torch.equal(model[0].bias, small_net()[0].bias)
+    assert model[2].bias.tolist() == [3, 3, 3]
     assert run.recipe["hooks"] == [str(both.own), str(both.given)]
-
-
-def test_fit_hooks_change_gradients_before_and_weights_after_the_step():
-    hook = Mock(spec=["before_step", "after_step"])
-    hook.before_step.side_effect = lambda model, *_: model[0].weight.grad.zero_()
-    hook.after_step.side_effect = lambda net, _, n: nn.init.constant_(net[2].bias, n)
-    model, before = small_net(), small_net()
-    fit(model, pair(), epochs=1, batch_size=10, hooks=[hook], **SGD, **QUIET)
-    assert torch.equal(model[0].weight, before[0].weight)
-    assert not torch.equal(model[0].bias, before[0].bias)
-    assert model[2].bias.tolist() == [2, 2, 2]
 
 
 @pytest.mark.parametrize(
