@@ -250,7 +250,7 @@ for ax, (title, record) in zip(axes, records.items(), strict=False):
     dots(ax, record)
     ax.set_title(title.replace(", ", "\n"))
 order = list(reversed(list(RECIPES)))
-labels = [plots.METHOD_STYLES[name].label.split(" +")[0] for name in order]
+labels = [plots.METHOD_STYLES[name].label for name in order]
 axes[0].set_yticks(range(len(order)), labels)
 axes[-1].barh(range(len(order)), methods["÷ none"][order], color=plots.GREY)
 axes[-1].axvline(1, color=plots.INK, linewidth=1)
@@ -296,10 +296,11 @@ fig, axes = plt.subplots(1, len(records), figsize=(11, 3.6))
 for ax, (title, record) in zip(axes, records.items(), strict=True):
     for name, scores in by_rate(record).loc[METHODS].iterrows():
         label, color, marker = plots.METHOD_STYLES[name]
-        ax.plot(scores.index, scores, color=color, marker=marker, label=label)
-    ax.set(xscale="log", xlabel="learning rate", title=title)
+        ax.plot(scores.index, 1 - scores, color=color, marker=marker, label=label)
+    ax.set(xscale="log", yscale="log", xlabel="learning rate", title=title)
     ax.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
-axes[0].set_ylabel("validation accuracy")
+    ax.yaxis.set_minor_formatter(lambda share, _: f"{share:.0%}")
+axes[0].set_ylabel("validation error after two passes")
 lines, labels = axes[0].get_legend_handles_labels()
 fig.legend(lines, labels, loc="outside lower center", ncols=6)
 plt.show()

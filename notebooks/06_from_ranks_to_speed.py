@@ -222,6 +222,10 @@ print("three stages {:.1f} ms, four {:.1f} ms".format(*both), end=", ")
 print(f"{both[1] / both[0]:.2f} times as long")
 
 # %% [markdown]
+# Neither: the multiplications saved and the pass added weigh the same here, as both
+# chains wait for memory. But in training a forward keeps $N R$ numbers at every stage
+# for the backward, at two stages in the merged chain and at three in the other.
+#
 # ## 5. A whole network, and what training keeps
 #
 # `cost_table` puts all of this into one table: for each layer parameters, FLOPs, bytes

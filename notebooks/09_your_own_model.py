@@ -145,18 +145,18 @@ pd.DataFrame(rows, columns).T.round(4)
 
 # %%
 def compressed(net, budget, seed):
-    """A network with a share of the parameters, and its sweep."""
+    """A network with a share of the parameters, the one it is cut from, its sweep."""
     form = cpnb.canonicalize(net, init="als", progress=False)
     train(form, AGAIN, 0.02, seed)  # lets the components settle
     sweep = cpnb.rank_sweep(form, data, key="greedy", refit=True, progress=False)
     choice = cpnb.allocate_ranks(sweep, int(budget * sweep.dense_parameters))
     cut = cpnb.truncate(form, rank=choice.ranks, key="greedy", refit=True)
-    return train(cut, AGAIN, 0.02, seed), sweep
+    return train(cut, AGAIN, 0.02, seed), form, sweep
 
 
 BUDGET = 0.25
-pairs = [compressed(net, BUDGET, seed) for seed, net in zip(SEEDS, nets, strict=True)]
-small, sweep = pairs[0]
+made = [compressed(net, BUDGET, seed) for seed, net in zip(SEEDS, nets, strict=True)]
+small, form, sweep = made[0]
 print({name: layer.rank for name, layer in cpnb.cp_layers(small).items()})
 
 # %% [markdown]
@@ -173,7 +173,7 @@ size = sum(p.numel() for p in small.parameters())
 widths = {c: sum(p.numel() for p in my_network(c).parameters()) for c in range(4, 33)}
 width = max(c for c, count in widths.items() if count <= size)
 rivals = [trained(seed, width, EPOCHS + 2 * AGAIN) for seed in SEEDS]
-groups = {"dense": nets, "compressed": [cut for cut, _ in pairs], "narrow": rivals}
+groups = {"dense": nets, "compressed": [cut for cut, *_ in made], "narrow": rivals}
 tests = {n: [100 * cpnb.accuracy(m, data.test) for m in g] for n, g in groups.items()}
 table = pd.DataFrame(tests).agg(["mean", "std"]).T.round(2)
 sizes = {n: sum(p.numel() for p in g[0].parameters()) for n, g in groups.items()}
@@ -237,17 +237,13 @@ print(f"ranks.html: {len(page.encode()) / 1000:.0f} kB, {len(sweep.table)} netwo
 #
 # ## 8. Exercise: without training
 #
-# `sweep` knows how every layer takes a cut. With no training after it: how few
-# parameters keep the accuracy of the swept network to within one point? Measure the
-# network itself, as the allocator only predicts. (`cpnb.explore.rank_front(sweep)` is
-# the list of its choices, the cheapest first.)
+# `sweep` knows how every layer of `form` takes a cut. With no training after it: how few
+# parameters keep its accuracy to within one point? Measure the network itself, as the
+# allocator only predicts. (`cpnb.explore.rank_front(sweep)` is the list of its choices,
+# the cheapest first.)
+
 
 # %%
-form = cpnb.canonicalize(net, init="als", progress=False)
-form = train(form, AGAIN, 0.02, SEEDS[0])
-whole = cpnb.accuracy(form, data)
-
-
 def fewest_parameters():
     """Parameters of the smallest cut within a point of the whole network."""
     return None  # your code
@@ -259,6 +255,7 @@ print("exercise:", fewest_parameters() or "not solved yet")
 # %% tags=["solution"] jupyter={"source_hidden": true}
 def fewest_parameters_solution():
     """From the cheapest choice upwards, the first that keeps its promise."""
+    whole = sweep.accuracy()
     for choice in cpnb.explore.rank_front(sweep):
         if choice.accuracy < whole - 0.01:
             continue
