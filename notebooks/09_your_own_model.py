@@ -237,10 +237,10 @@ print(f"ranks.html: {len(page.encode()) / 1000:.0f} kB, {len(sweep.table)} netwo
 #
 # ## 8. Exercise: without training
 #
-# `sweep` knows how every layer of `form` takes a cut. With no training after it: how few
-# parameters keep its accuracy to within one point? Measure the network itself, as the
-# allocator only predicts. (`cpnb.explore.rank_front(sweep)` is the list of its choices,
-# the cheapest first.)
+# `sweep` knows how every layer of `form` takes a cut. With no training after it: how
+# few parameters keep its accuracy to within one point? Measure the network itself, as
+# the allocator only predicts. (`cpnb.explore.rank_front(sweep)` is the list of its
+# choices, the cheapest first.)
 
 
 # %%
