@@ -219,10 +219,10 @@ panels(METHODS)
 # %% [markdown]
 # **What to see:** means and ± 1 standard deviation over the fresh networks, each method
 # at its own rate. On MNIST batch norm is ahead from the first pass, and in the end all
-# but one lie within 0.2 points of each other. On CIFAR-10 they stay apart: batch norm,
-# then weight norm; the canonical network is ahead of the plain one until both arrive at
-# the same place. Scaling, whose rate was chosen after two passes, fell to chance in
-# longer training.
+# lie within 0.3 points of each other. On CIFAR-10 they stay apart: batch norm, then
+# weight norm; the canonical network is ahead of the plain one until both arrive at the
+# same place. Scaling, whose rate was chosen after two passes, fell to chance or
+# diverged in all five longer trainings.
 
 # %%
 panels(["none", "canonical", "canonical-unified", "oni", "SI+FD"])
@@ -330,9 +330,9 @@ for title, record in records.items():
 # **What to see:** every chosen rate has a worse one on both sides: where the best was
 # at an end, `compare` went on. The plain network, weight norm and the fitted canonical
 # network want the same rates, 0.02 to 0.04, which is what the step gauge of notebook 02
-# is for. Conditioned kernels want rates ten times smaller: with the gain of √2 their
-# rows are 2.4 times as long as torch draws them, and at the plain network's rate they
-# learn nothing.
+# is for. Conditioned kernels want rates eight to thirty times smaller: with the gain
+# of √2 their rows are 2.4 times as long as torch draws them, and at the plain network's
+# rate they learn nothing.
 #
 # ## 7. Beside the paper
 #
