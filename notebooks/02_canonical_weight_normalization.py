@@ -18,7 +18,7 @@
 #
 # **You need** `01_cp_decomposition`, and the chain rule.
 #
-# **Time, measured on two CPU cores:** 3.9 minutes; fast mode 0.8.
+# **Time, measured on two CPU cores:** 4.0 minutes; fast mode 0.8.
 
 # %%
 import copy
