@@ -503,6 +503,21 @@ ax.legend(loc="lower right")
 plt.show()
 
 # %% [markdown]
+# The two aims of section 6, here:
+
+# %%
+before = 100 * record.measured.pivot(
+    index="seed", columns=["recipe", "keep"], values="before"
+)
+plain, order = before["power", 1.0], before["power-nested"]
+aims = {
+    "full rank, nested below plain": (plain - order[1.0]).dropna(),
+    "half kept, nested below its own full rank": (order[1.0] - order[0.5]).dropna(),
+}
+for (name, points), most in zip(aims.items(), (0.3, 1), strict=True):
+    print(f"{name}: {lost_points(points, most)}, n = {len(points)}")
+
+# %% [markdown]
 # TEXT-PAPER
 #
 # ## 9. The explorer

@@ -15,7 +15,7 @@
 #
 # **You need** `00_tour`; the notebooks before this one explain each step.
 #
-# **Time, measured on two CPU cores:** 1.4 minutes; fast mode 0.6.
+# **Time, measured on two CPU cores:** 1.9 minutes; fast mode 0.9.
 
 # %%
 import subprocess
@@ -237,10 +237,10 @@ print(f"ranks.html: {len(page.encode()) / 1000:.0f} kB, {len(sweep.table)} netwo
 #
 # ## 8. Exercise: without training
 #
-# `sweep` knows how every layer of `form` takes a cut. With no training after it: how
-# few parameters keep its accuracy to within one point? Measure the network itself, as
-# the allocator only predicts. (`cpnb.explore.rank_front(sweep)` is the list of its
-# choices, the cheapest first.)
+# `sweep` knows how every layer of `form` takes a cut, and `rank_front(sweep)` in
+# `cpnb.explore` lists the allocator's choices, the cheapest first. With no training
+# after the cut: how few parameters still reach 95 % of the validation images? Measure
+# each network, as the allocator only predicts. How far off are its promises here?
 
 
 # %%
@@ -254,13 +254,11 @@ print("exercise:", fewest_parameters() or "not solved yet")
 
 # %% tags=["solution"] jupyter={"source_hidden": true}
 def fewest_parameters_solution():
-    """From the cheapest choice upwards, the first that keeps its promise."""
-    whole = sweep.accuracy()
+    """From the cheapest choice upwards, the first that is good enough."""
     for choice in cpnb.explore.rank_front(sweep):
-        if choice.accuracy < whole - 0.01:
-            continue
         cut = cpnb.truncate(form, rank=choice.ranks, key="greedy", refit=True)
-        if cpnb.accuracy(cut, data) >= whole - 0.01:
+        if (reached := cpnb.accuracy(cut, data)) >= 0.95:
+            print(f"predicted {choice.accuracy:.1%}, measured {reached:.1%}")
             return choice.cost
     return sweep.parameters({})
 
