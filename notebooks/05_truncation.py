@@ -16,7 +16,7 @@
 # **You need** `00_tour`; `01_cp_decomposition` explains why the components of an ALS
 # fit cannot be cut.
 #
-# **Time, measured on two CPU cores:** 1.6 minutes; fast mode 0.8.
+# **Time, measured on two CPU cores:** 1.5 minutes; fast mode 0.8.
 
 # %%
 import warnings
@@ -518,7 +518,11 @@ for (name, points), most in zip(aims.items(), (0.3, 1), strict=True):
     print(f"{name}: {lost_points(points, most)}, n = {len(points)}")
 
 # %% [markdown]
-# TEXT-PAPER
+# **What to see:** the same ranks, data and rule, and only the start differs: from the
+# unified start the network keeps 41 % with half of its components (one network so far),
+# from the power method 82 %. The authors' 95.6 % took five times as long a training.
+# Nested training gets further in ten epochs: 98.5 % with half of the components, at a
+# cost of 0.2 points at full rank. Here both aims are reached (two networks so far).
 #
 # ## 9. The explorer
 #
@@ -635,7 +639,15 @@ print(f"on the test images, looked at once: {cpnb.accuracy(small, data.test):.1%
 #
 # ## Summary
 #
-# TEXT-SUMMARY
+# - A dropped component costs what Γ says; drop by size, never by signed value.
+# - In plainly trained networks no order of dropping is far ahead of another, and a
+#   fresh fit at the same rank is better than all of them: 87 against 64 to 68 % at half.
+# - *Where* to cut matters far more: at a fifth of the parameters a budget that is
+#   shared out is worth 67 points over the same share everywhere.
+# - A start from the power method, and nested training, order the components: LeNet on
+#   MNIST keeps 98.5 % with half of them, before any training after the cut.
+# - Trained on after the cut, a network is not told apart from one that was small from
+#   the start. Compare with that one, and build the optimizer after the cut.
 #
 # **Next:** `06_from_ranks_to_speed`: fewer parameters are not yet fewer milliseconds.
 #
