@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from cpnb.cp import CPForm, Rank, exact_rank, resolve_rank
 from cpnb.initializers import FITS, resolve_init
-from cpnb.layers import CP_KINDS, CPLayer, FactoredLayer
+from cpnb.layers import CP_KINDS, CPLayer, CPLinear, FactoredLayer  # noqa: F401
 
 __all__ = ["canonicalize", "cp_layers", "from_layer", "step_gauge_", "to_dense"]
 

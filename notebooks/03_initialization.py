@@ -849,8 +849,9 @@ print(f"{place.device}, {place.threads} thread, torch {place.torch}")
 
 # %%
 fig, axes = plt.subplots(1, 2, figsize=(10, 3.6))
-plots.plot_training(mnist.final_curves, "train_loss", ax=axes[0])
-plots.plot_training(mnist.final_curves, "validation_accuracy", ax=axes[1])
+curves = mnist.curves.query("phase == 'final'")
+plots.plot_training(curves, "train_loss", ax=axes[0])
+plots.plot_training(curves, "validation_accuracy", ax=axes[1])
 axes[0].set_yscale("log")
 axes[0].set_title("MNIST: loss on the training images")
 axes[1].set_title("MNIST: accuracy on the validation images")
@@ -861,11 +862,12 @@ plt.show()
 # a reduced size: few training images, few epochs.
 
 # %%
-tests = mnist.finals.groupby("recipe")
-mnist_gaps = report({n: tests.get_group(n).test_accuracy for n in NAMES}, mnist.best)
+tests = mnist.runs.query("phase == 'final'").groupby("recipe")
+rates = tests.lr.first()
+mnist_gaps = report({n: tests.get_group(n).test_accuracy for n in NAMES}, rates)
 for name, loss in tests.start_validation_loss.mean()[NAMES].items():
     print(f"{name:14} first loss {loss:.2f}")
-for name in mnist.table().query("edge").index:
+for name in rates.index[rates.isin([min(mnist.rates), max(mnist.rates)])]:
     print(f"{name}: the best rate is at the edge of the grid")
 
 # %% [markdown]

@@ -75,7 +75,7 @@ def test_recipes_of_experiments_train_a_step(name):
     data = example(pixels, [(127.5,) * size[1], (73.9,) * size[1]])
     recipe = replace(recipe, settings={**recipe.settings, "epochs": 1})
     found = cpnb.compare([recipe], data, seeds=[0], rates=[1e-3], progress=False)
-    assert found.runs.start_validation_loss[0] < 10
+    assert found.runs.start_validation_loss[0] < 20
 
 
 @pytest.mark.slow

@@ -320,7 +320,7 @@ def test_ctrl_c_ends_all_processes_and_keeps_what_they_finished(tmp_path):
     [
         ({"recipes": RECIPES[:1] * 2}, ValueError, r"\['none', 'none'\], .* each once"),
         ({"seeds": [0, 100]}, ValueError, r"tune_seeds shares \[100\] with seeds"),
-        ({"recipes": [Recipe("x", "LeNet5")]}, ValueError, "'LeNet5', expected one in"),
+        ({"recipes": [Recipe("x", "LeNet9")]}, ValueError, "'LeNet9', expected one in"),
         ({"recipes": [Recipe("x", "LeNet", "wieght")]}, ValueError, "name is 'wieght'"),
         ({"measure": "nothing"}, ValueError, "'nothing', expected one in REGISTRY: "),
         ({"recipes": [Recipe("x", "LeNet", hooks=["Rank"])]}, ValueError, "is 'Rank'"),
