@@ -16,7 +16,7 @@
 # **You need** `00_tour`; `01_cp_decomposition` explains why the components of an ALS
 # fit cannot be cut.
 #
-# **Time, measured on two CPU cores:** 2.4 minutes; fast mode 1.5.
+# **Time, measured on two CPU cores:** 1.5 minutes; fast mode 0.8.
 
 # %%
 import warnings
@@ -524,7 +524,7 @@ for (name, points), most in zip(aims.items(), (0.3, 1), strict=True):
 # unified start the network keeps 41 % with half of its components (one network so far),
 # from the power method 82 %. The authors' 95.6 % took five times as long a training.
 # Nested training gets further in ten epochs: 98.5 % with half of the components, at a
-# cost of 0.2 points at full rank. Here both aims are reached (two networks so far).
+# cost of 0.2 points at full rank. Here both aims are reached.
 #
 # ## 9. The explorer
 #
