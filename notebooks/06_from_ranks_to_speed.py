@@ -249,9 +249,9 @@ pd.DataFrame(
 # %% [markdown]
 # **What to see:** as a chain the network has a quarter of the multiplications and keeps
 # three times the bytes, $R$ numbers per position at two stages. Not every layer gains:
-# `conv1`, with a single input channel, is slower as a chain at any rank, and `fc1` is
-# faster by a factor of three, because a linear layer has no window. So `"auto"`, the
-# default of every layer, decides layer by layer.
+# `conv1`, with a single input channel, is slower as a chain, and `fc1` is faster by a
+# factor of three, because a linear layer has no window. So `"auto"`, the default of
+# every layer, decides layer by layer.
 #
 # ## 6. Another runtime
 #

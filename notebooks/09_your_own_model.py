@@ -227,8 +227,7 @@ print(f"ranks.html: {len(page.encode()) / 1000:.0f} kB, {len(sweep.table)} netwo
 #
 # - **A `DataLoader`**: your loop keeps it. Where this package asks for data, to sweep
 #   or to measure, it wants a pair of tensors; a loader is put together by
-#   `tuple(map(torch.cat, zip(*loader)))`, or a part of it: a few thousand images decide
-#   a rank as well as all.
+#   `tuple(map(torch.cat, zip(*loader)))`.
 # - **A cluster**: `cpnb.compare(..., executor=...)` takes any executor of
 #   `concurrent.futures`, such as a pool of processes here or the client of dask or
 #   submitit there; each finished training is written at once, and the same call goes on
