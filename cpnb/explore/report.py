@@ -105,8 +105,8 @@ def count_flops(
 def to_chain(model: nn.Module) -> nn.Module:
     """Copy a model with each CP layer as stock layers: 1×1 → depthwise → 1×1.
 
-    Exact, with σ and λ in the middle and the bias in the last; a linear layer becomes
-    two. The result holds no trace of cpnb. At low ranks it is faster than `to_dense`.
+    Exact, with σ and λ in the window, the bias in the last; a linear layer becomes two.
+    Low-rank layers stay as they are, and a chain takes no ``output_size`` in a call.
 
     >>> [type(part).__name__ for part in to_chain(CPLinear(8, 4, rank=2))]
     ['Linear', 'Linear']
