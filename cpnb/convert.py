@@ -264,6 +264,13 @@ def replace_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Modu
         return layers[""]
     for owner, module in model.named_modules():
         for name, value in vars(module).items():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                raise TypeError(
+                    f"attribute {name!r} of module {owner!r} is a tensor computed from "
+                    "parameters, as old-style weight_norm and pruning leave it, which "
+                    "torch cannot copy. Call torch.nn.utils.remove_weight_norm or "
+                    "torch.nn.utils.prune.remove first."
+                )
             if _holds_module(value):
                 raise TypeError(
                     f"attribute {name!r} of module {owner!r} is a function that holds "

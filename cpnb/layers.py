@@ -44,8 +44,8 @@ __all__ = [
 ]  # fmt: skip
 
 FORWARD_MODES = ("auto", "dense", "chain")
-# "auto" takes the chain below this share of the rank at which both do the same work: on
-# x86-64 cores the times cross at 0.50 (64 channels) to 0.73 (256 channels) of it.
+# For a convolution "auto" takes the chain below this share of the rank at which both do
+# the same work: x86-64 cores cross at 0.50 (64 channels) to 0.73 (256 channels) of it.
 CHAIN_SHARE = 0.5
 # The step gauge, chosen by measuring (benchmarks/defaults.py): a column of the largest
 # mode has the length COLUMN · |σλ_r|, one of n entries √(largest/n) times that.
@@ -224,12 +224,13 @@ class CPLayer(FactoredLayer):
             raise ValueError(f"forward_mode is {mode!r}, expected {FORWARD_MODES}.")
         if mode != "auto":
             return mode == "chain"
-        rank = self.rank if self.active_rank is None else self.active_rank
-        return rank * self._chain_work() < CHAIN_SHARE * math.prod(self.kernel_shape)
+        return self._is_low(self.rank if self.active_rank is None else self.active_rank)
 
-    def _chain_work(self) -> int:
-        """Multiplications of the chain per position and component."""
-        return sum(self.kernel_shape)
+    def _is_low(self, rank: int) -> bool:
+        # A linear layer: rebuilding costs as much as rank more rows of the batch, and
+        # no stage is memory-bound. With 64 rows, a step of the chain takes 0.6 of the
+        # time at break-even for 400×120, 0.4 for 9216×128, 0.1 for 4096×1024.
+        return rank <= self.break_even_rank
 
     def by_role(self, factors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Of factors of all modes that of the outputs, ``(out, rank)``; the others."""
@@ -314,7 +315,11 @@ class CPConv(ConvGeometry, CPLayer):
         lam = factors[0].new_ones(factors[0].shape[1])
         return self._branches(innermost(images), lam, factors, **geometry)
 
+    def _is_low(self, rank: int) -> bool:
+        return rank * self._chain_work() < CHAIN_SHARE * math.prod(self.kernel_shape)
+
     def _chain_work(self) -> int:
+        """Multiplications per position and component."""
         out, channels, *window = self.kernel_shape
         # One input channel has no first stage, a 1x1 window no second one.
         first = self.groups * channels * math.prod(self.stride) if channels > 1 else 0
@@ -333,9 +338,9 @@ class CPConv2d(CPConv):
 
     ``weight = σ Σ_r λ_r â_r∘b̂_r∘ĉ_r∘d̂_r``, hats for columns of unit 2-norm. Positional
     arguments are those of `torch.nn.Conv2d`; groups share all factors but the output
-    one, which is sliced.
+    one, which is sliced. Then, by name only, come those below.
 
-    Args: up to ``padding_mode`` as in `torch.nn.Conv2d`; then, by name only,
+    Args:
         rank: Number of components (int), fraction of the break-even rank (float in
             (0, 1]), or ``"same"`` for the break-even rank.
         init: A name in `cpnb.initializers.INITIALIZERS` or a function like

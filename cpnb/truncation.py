@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call, jacrev, vmap
+from torch.func import functional_call
 
 from cpnb.convert import Ranks, cp_layers, lost_state, replace_layers
 from cpnb.cp import component_gram, resolve_rank
@@ -255,7 +255,8 @@ class _Look:
         pairs = list(zip(images.split(_BATCH), labels.split(_BATCH), strict=True))
         title = f"looking at data for {what}"
         for some, classes in tqdm(pairs, title, disable=not self.progress, delay=2):
-            yield some.to(like), classes.to(like.device, torch.long), len(labels)
+            some = some.to(like if some.is_floating_point() else like.device)
+            yield some, classes.to(like.device, torch.long), len(labels)
 
     def lams(self) -> dict[str, Tensor]:
         """λ of each layer, without a graph, by its name among the parameters."""
@@ -316,25 +317,6 @@ def _by_gradient(look: _Look) -> dict[str, Tensor]:
     return dict(zip(look.layers, changes, strict=True))
 
 
-def _by_curvature(look: _Look) -> dict[str, Tensor]:
-    lams = look.lams()
-
-    def scores(lams: dict[str, Tensor], image: Tensor) -> Tensor:
-        return functional_call(look.model, lams, (image[None],))[0]
-
-    changes = {name: torch.zeros_like(lam).double() for name, lam in lams.items()}
-    with evaluation_mode(look.model):
-        for images, _, count in look.batches("curvature"):
-            # Gauss-Newton: the variance over the classes of the scores' derivatives.
-            derivatives = vmap(jacrev(scores), (None, 0))(lams, images)
-            chances = vmap(scores, (None, 0))(lams, images).softmax(1)[..., None]
-            for name, slope in derivatives.items():
-                mean = (chances * slope).sum(1, keepdim=True)
-                spread = (chances * (slope - mean).square()).sum((0, 1))
-                changes[name] += lams[name].square() * spread.detach() / (2 * count)
-    return dict(zip(look.layers, changes.values(), strict=True))
-
-
 def _by_activation(look: _Look) -> dict[str, Tensor]:
     return {
         name: _finite_components(look.layers[name])[0].square() * gram.diagonal()
@@ -388,15 +370,13 @@ class Key(NamedTuple):
 
 
 # "lam" is the paper's (arXiv:2206.01509), "gradient" is λ·∂loss/∂λ (Molchanov et al.
-# 2017, arXiv:1611.06440), "hessian" half of λ² times the Gauss-Newton diagonal (optimal
-# brain damage, LeCun et al. 1990), "nested" for training with `cpnb.NestedRank`. The
-# others, and their use for components, are our own.
+# 2017, arXiv:1611.06440), "nested" for training with `cpnb.NestedRank`. The others, and
+# their use for components, are our own.
 KEYS: dict[str, Key] = {
     "lam": Key("the largest |λ|", _by_size),
     "greedy": Key("the least change of the kernel, one by one", _by_removal),
     "nested": Key("the first ones", _by_position),
     "gradient": Key("the largest change of the loss, first order", _by_gradient, True),
-    "hessian": Key("the largest change of the loss, second order", _by_curvature, True),
     "activation": Key("what adds most to the outputs", _by_activation, True),
     "random": Key("drawn, as a control", _by_draw),
 }

@@ -8,13 +8,14 @@ import warnings
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 from torch.testing import assert_close
 
 from cpnb import CPConv1d, CPConv2d, CPConv3d, CPLinear
 from cpnb.convert import canonicalize, cp_layers, from_layer, to_dense
 from cpnb.decompose import power_method
 from cpnb.layers import evaluation_mode
+from cpnb.methods import normalize
 from cpnb.truncation import truncate
 
 KINDS = {
@@ -375,3 +376,13 @@ def test_conversions_copy_an_attribute_that_calls_a_layer(call):
         with torch.no_grad():
             new.fc.bias.add_(100)
         assert new(torch.randn(5, 4)).min() > 150
+
+
+@pytest.mark.parametrize(
+    "call", [canonicalize, functools.partial(normalize, name="none")]
+)
+def test_conversions_say_how_to_remove_what_torch_cannot_copy(call):
+    net = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    prune.l1_unstructured(net[0], "weight", amount=0.5)
+    with pytest.raises(TypeError, match=r"'weight' of module '0' .*utils.prune.remove"):
+        call(net, skip=("0",))

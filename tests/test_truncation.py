@@ -158,25 +158,17 @@ def scaled_scores(model, name, component, by, images):
 
 @pytest.mark.parametrize("signed", [True, False])
 @pytest.mark.parametrize("name", ["first", "layer", "fc"])
-def test_gradient_and_hessian_equal_finite_differences(data, name, signed):
-    """To first order in λ; and to second, as the scores vary over the classes."""
+def test_gradient_equals_finite_differences(data, name, signed):
     net = made(signed=signed)
     images, labels = data
     step = 1e-5
-    with torch.no_grad():
-        likely = net(images).softmax(1)
     gradient = scores(net, data, "gradient")[name]
-    hessian = scores(net, data, "hessian")[name]
     for component in range(len(gradient)):
         lower = scaled_scores(net, name, component, 1 - step, images)
         upper = scaled_scores(net, name, component, 1 + step, images)
         change = F.cross_entropy(upper, labels) - F.cross_entropy(lower, labels)
         expected = change.abs() / (2 * step)
         assert_close(gradient[component], expected, rtol=1e-5, atol=1e-9)
-        slope = (upper - lower) / (2 * step)
-        mean = (likely * slope).sum(1, keepdim=True)
-        curvature = (likely * (slope - mean).square()).sum(1).mean()
-        assert_close(hessian[component], curvature / 2, rtol=1e-5, atol=1e-9)
 
 
 LAYERS = {

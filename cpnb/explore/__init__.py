@@ -3,7 +3,7 @@
 - ranks: `rank_sweep`, `RankSweep`, `RankExplorer`, `allocate_ranks`, `rank_front`,
   `truncation_report`
 - speed: `cost_table`, `to_chain`
-- diagnostics: `spectrum`, `spectrum_report`, `step_spectrum`, `loss_slice`,
+- diagnostics: `spectrum`, `spectrum_report`, `step_spectrum`,
   `top_hessian_eigenvalue`
 - figures: `plots`; a slider for a drawing function of your own: `explore`
 """
@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from cpnb.explore import plots
 from cpnb.explore.allocation import RankChoice, allocate_ranks, rank_front
 from cpnb.explore.diagnostics import (
-    loss_slice,
     spectrum,
     spectrum_report,
     step_spectrum,
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "RankChoice", "RankExplorer", "RankSweep", "allocate_ranks", "cost_table",
-    "explore", "loss_slice", "plots", "rank_front", "rank_sweep", "spectrum",
+    "explore", "plots", "rank_front", "rank_sweep", "spectrum",
     "spectrum_report", "step_spectrum", "to_chain", "top_hessian_eigenvalue",
     "truncation_report",
 ]  # fmt: skip

@@ -18,12 +18,10 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from cpnb.layers import CPLayer, evaluation_mode
+from cpnb.train.data import standardize
 from cpnb.train.evaluation import images_and_labels, placement
 
-__all__ = [
-    "loss_slice", "spectrum", "spectrum_report", "step_spectrum",
-    "top_hessian_eigenvalue",
-]  # fmt: skip
+__all__ = ["spectrum", "spectrum_report", "step_spectrum", "top_hessian_eigenvalue"]
 
 _CHUNK = 1000  # images per pass
 
@@ -227,69 +225,12 @@ def top_hessian_eigenvalue(
     return TopEigenvalue(float(value), float(residual), products)
 
 
-@torch.no_grad()
-def loss_slice(
-    model: nn.Module,
-    data: Any,
-    *,
-    span: float = 1.0,
-    points: int = 41,
-    generator: torch.Generator | None = None,
-    progress: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """Evaluate the loss along a random line on which filters move by their norms.
-
-    The direction is a Gaussian draw for each parameter of two modes or more, scaled so
-    that every filter ``d_o`` (first index o) has the norm of the model's own ``w_o``.
-    In a CP layer the columns of the factors are filters, and λ is one; so are the
-    lengths of weight normalization. Biases, norm layers and σ stay where they are.
-
-    Args:
-        model: Maps images ``(n, ...)`` to scores ``(n, classes)``.
-        data: As in `top_hessian_eigenvalue`.
-        span: Largest offset; at 1 each filter has moved by its own norm.
-        points: Number of points; an odd one has the model itself.
-        generator: Source of the direction; torch's default one if None.
-        progress: Show a text progress bar.
-
-    Returns:
-        Offsets from the model and mean cross entropies in nats. Shape ``(points,)``.
-
-    Source: Li et al. 2018, arXiv:1712.09913; adapted here for CP layers.
-    """
-    from tqdm import tqdm
-
-    layers = [layer for layer in model.modules() if isinstance(layer, CPLayer)]
-    columns = {factor for layer in layers for factor in layer.factors}
-    lams = {layer.lam for layer in layers}
-    middle = dict(model.named_parameters())
-    line = {}
-    for name, values in middle.items():
-        if values.ndim < 2 and values not in lams:
-            continue
-        draw = _draw(values.shape, generator).to(values)
-        axes: Any = tuple(range(1, values.ndim)) if values[0].numel() > 1 else None
-        axes = 0 if values in columns else axes
-        norms = [x.square().sum(axes, keepdim=True).sqrt() for x in (values, draw)]
-        line[name] = draw * (norms[0] / norms[1])
-    chunks = _chunks(model, data)
-    offsets = span * (2 * torch.arange(points).double() / (points - 1) - 1)
-    losses = torch.zeros_like(offsets)
-    steps = tqdm(offsets.tolist(), "loss slice", unit=" points", disable=not progress)
-    with evaluation_mode(model):
-        for n, offset in enumerate(steps):
-            moved = middle | {name: middle[name] + offset * line[name] for name in line}
-            for images, labels in chunks:
-                scores = functional_call(model, moved, (images,)).double()
-                losses[n] += F.cross_entropy(scores, labels, reduction="sum").cpu()
-    return offsets, losses / sum(len(labels) for _, labels in chunks)
-
-
 def _chunks(model: nn.Module, data: Any) -> list[tuple[Tensor, Tensor]]:
     """Training images and labels in chunks, where the model is."""
     images, labels = images_and_labels(data, "train")
     device, dtype = placement(model, images)
-    images, labels = images.to(device, dtype), labels.to(device, torch.long)
+    images = standardize(images.to(device), None, None, dtype)
+    labels = labels.to(device, torch.long)
     return list(zip(images.split(_CHUNK), labels.split(_CHUNK), strict=True))
 
 

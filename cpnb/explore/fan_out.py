@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from cpnb.convert import replace_layers, to_dense
 from cpnb.layers import CPLinear
+from cpnb.train.data import standardize
 from cpnb.train.evaluation import evaluate, placement
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ class Meter:
         if 2 * len(runs) > len(points):
             return "one by one: a single cut, or several convolutions at every step"
         some = max(runs, key=len)[:4]
-        few = self._images[:CHECKED].to(self._device, self._dtype)
+        few = self._moved(self._images[:CHECKED])
         expected = torch.stack([self._cut(p).eval()(few.clone()) for p in some])
         reason = "ranks that go together have other scores"
         for last in (True, False):
@@ -139,7 +140,7 @@ class Meter:
         right = torch.zeros(len(points), dtype=torch.long)
         pairs = zip(self._images.split(block), self._labels.split(block), strict=True)
         for images, labels in pairs:
-            images = images.to(self._device, self._dtype)
+            images = self._moved(images)
             self._begin(points, images)
             for first in range(0, len(points), group):
                 some = points[first : first + group]
@@ -151,6 +152,9 @@ class Meter:
     def _begin(self, points: Sequence[Ranks], images: Tensor) -> None:
         for name, fan in self._fans.items():
             fan.begin(len(images), top=max(point[name] for point in points))
+
+    def _moved(self, images: Tensor) -> Tensor:
+        return standardize(images.to(self._device), None, None, self._dtype)
 
     def _scores(self, points: Sequence[Ranks], images: Tensor) -> Tensor:
         """Scores of truncations, shape ``(truncations, images, classes)``."""

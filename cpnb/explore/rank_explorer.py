@@ -43,6 +43,7 @@ from cpnb.explore.plots import ORANGE, plot_components, plot_images, plot_rank_c
 from cpnb.explore.sweep import RankSweep, rank_sweep
 from cpnb.explore.widgets import close_previous
 from cpnb.train.evaluation import accuracy, images_and_labels, placement
+from cpnb.train.records import write_text
 from cpnb.truncation import KEYS, truncate
 
 __all__ = ["NewestWins", "RankExplorer"]
@@ -150,7 +151,7 @@ class RankExplorer(anywidget.AnyWidget):
         points = {at[2:]: x for at, x in self._points.items() if at[:2] == self._how}
         page = sweep_page(self._sweep, KEYS, points)
         if path is not None:
-            Path(path).write_text(page, encoding="utf-8")
+            write_text(path, page)
         return page
 
     def close(self) -> None:

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cpnb.convert import cp_layers, replace_layers, to_dense
 from cpnb.cp import break_even_rank, columnwise_kronecker
 from cpnb.layers import CP_KINDS, CPLayer, CPLinear, pad_factors
+from cpnb.train.data import standardize
 from cpnb.train.evaluation import accuracy, images_and_labels, placement
 
 __all__ = ["cost_table", "count_flops", "to_chain", "truncation_report"]
@@ -97,7 +98,7 @@ def count_flops(
         layer.forward_mode = "chain"
     device, dtype = placement(model, image)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        twin(image.to(device, dtype, copy=True))
+        twin(standardize(image.to(device, copy=True), None, None, dtype))
     by_name = counter.get_flop_counts().items()
     return Counter({n.partition(".")[2]: sum(x.values()) for n, x in by_name})
 

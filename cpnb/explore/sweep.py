@@ -19,6 +19,7 @@ from cpnb.explore.fan_out import Meter, Ranks
 from cpnb.explore.report import count_flops
 from cpnb.layers import CPLayer
 from cpnb.train.evaluation import images_and_labels
+from cpnb.train.records import write_text
 from cpnb.truncation import KEYS, RankedLayer, kept_rank, ranked_layers
 
 __all__ = ["GLOBAL", "RankSweep", "SweptLayer", "rank_sweep"]
@@ -132,12 +133,12 @@ class RankSweep:
         layers = {name: asdict(layer) for name, layer in self.layers.items()}
         table = self.table.to_dict("list")
         content = {"format": FORMAT, **vars(self), "layers": layers, "table": table}
-        Path(path).write_text(json.dumps(content), encoding="utf-8")
+        write_text(path, json.dumps(content))
 
     @classmethod
     def load(cls, path: str | Path) -> RankSweep:
         """Read what `save` wrote."""
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
         if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
             raise ValueError(
                 f"{path} is not a {FORMAT!r}, expected a file written by "
@@ -153,7 +154,7 @@ class RankSweep:
 
         page = sweep_page(self, KEYS)
         if path is not None:
-            Path(path).write_text(page, encoding="utf-8")
+            write_text(path, page)
         return page
 
     def __repr__(self) -> str:

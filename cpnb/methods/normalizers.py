@@ -181,7 +181,7 @@ def _batch(
         return nn.Sequential(layer, norm).train(layer.training)
 
     if any(isinstance(module, _BatchNorm) for module in model.modules()):
-        return copy.deepcopy(model)
+        return replace_layers(model, {})
     behind_layers = _per_layer(followed, factored=FactoredLayer, output=False)
     return behind_layers(model, skip, generator)
 
@@ -239,7 +239,7 @@ def _scaling(
             f"skip is {skip!r}, expected none for 'scaling', which moves weights from "
             "each layer into the next."
         )
-    new: Any = copy.deepcopy(model)
+    new: Any = replace_layers(model, {})
     rescale_(new, data, mode=mode, c=c)
     hook = Rescaling(data, mode, c, every)
     new.training_hooks = [*getattr(new, "training_hooks", []), hook]
@@ -259,7 +259,7 @@ def _canonical(
 # Called as ``function(model, skip, generator, **options)``.
 NORMALIZERS: dict[str, Callable[..., nn.Module]] = {
     # A copy of the model, to compare with.
-    "none": lambda model, skip, generator: copy.deepcopy(model),
+    "none": lambda model, skip, generator: replace_layers(model, {}),
     # Behind every layer but the output; a model that has batch norm stays as it is.
     # Ioffe, Szegedy 2015, arXiv:1502.03167.
     "batch": _batch,

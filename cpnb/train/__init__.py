@@ -5,21 +5,14 @@ from typing import TYPE_CHECKING, Any
 
 from cpnb.train.batches import Augment
 from cpnb.train.data import Dataset, Split, load_data
-from cpnb.train.evaluation import accuracy, evaluate
+from cpnb.train.evaluation import accuracy, evaluate, paired_difference
 from cpnb.train.loop import fast_mode, fit
 from cpnb.train.models import DigitsNet, LeNet
 from cpnb.train.optim import param_groups
 from cpnb.train.records import Run
 
 if TYPE_CHECKING:
-    from cpnb.train.comparison import (
-        REGISTRY,
-        Comparison,
-        Recipe,
-        build,
-        compare,
-        paired_difference,
-    )
+    from cpnb.train.comparison import REGISTRY, Comparison, Recipe, build, compare
 
 __all__ = [
     "REGISTRY", "Augment", "Comparison", "Dataset", "DigitsNet", "LeNet",

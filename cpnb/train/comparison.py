@@ -16,20 +16,21 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 import torch
+from filelock import FileLock
 
 from cpnb.methods.factorized import FrobeniusDecay, ProximalL1
 from cpnb.methods.normalizers import NORMALIZERS
 from cpnb.methods.ranks import NestedRank
 from cpnb.train.batches import Augment
 from cpnb.train.data import Dataset
-from cpnb.train.evaluation import accuracy, evaluate
+from cpnb.train.evaluation import accuracy, evaluate, paired_difference
 from cpnb.train.loop import fit
 from cpnb.train.models import DigitsNet, LeNet
-from cpnb.train.records import MEASURES
+from cpnb.train.records import MEASURES, write_text
 
 # What recipes name; add your own: REGISTRY["my_net"] = MyNet. Called are networks with
 # num_classes and generator, hooks with their options, normalizers with a network, their
@@ -114,7 +115,7 @@ class Comparison:
     @classmethod
     def load(cls, path: str | Path) -> Comparison:
         """Read a record; a damaged line is left out with a warning, as not done."""
-        path = Path(path)
+        path = Path(path).expanduser()
         plan = json.loads((path / "recipes.json").read_text(encoding="utf-8"))
         recipes = [Recipe(**recipe) for recipe in plan.pop("recipes")]
         found = cls({recipe.name: recipe for recipe in recipes}, **plan)
@@ -129,7 +130,7 @@ class Comparison:
 
     def save(self, path: str | Path) -> None:
         """Write the record to a folder, as text; a crash leaves whole files."""
-        path = Path(path)
+        path = Path(path).expanduser()
         path.mkdir(parents=True, exist_ok=True)
         plan = asdict(self)
         recipes = ",\n".join(json.dumps(each) for each in plan.pop("recipes").values())
@@ -139,15 +140,44 @@ class Comparison:
         if len(self.measured):
             texts["measured.csv"] = self.measured.to_csv(index=False)
         texts["runs.csv"] = self.runs.to_csv(index=False)
-        for name, text in texts.items():  # each file is whole, the old or the new one
-            (path / f".{name}.part").write_text(text, encoding="utf-8")
-            (path / f".{name}.part").replace(path / name)
+        for name, text in texts.items():
+            write_text(path / name, text)
 
     def add(self, runs: list[dict], curves: list[dict], measured: list[dict]) -> None:
         """Take in rows; their order says nothing of when they were made."""
         self.runs = self._joined(self.runs, runs)
         self.curves = self._joined(self.curves, curves)
         self.measured = self._joined(self.measured, measured)
+
+    def exchange(self, path: str | Path) -> None:
+        """Take in what a folder's record has beyond this one, then write it all there.
+
+        One process at a time; a record of something else is refused.
+        """
+        path = Path(path).expanduser()
+        path.mkdir(parents=True, exist_ok=True)
+        with FileLock(path / ".lock"):
+            if (path / "recipes.json").exists():
+                self._take_in(Comparison.load(path), path)
+            self.save(path)
+
+    def _take_in(self, found: Comparison, path: Path) -> None:
+        fixed = ("data", "measure", "tune_epochs")
+        old = {name: getattr(found, name) for name in fixed} | found.recipes
+        new = old | {name: getattr(self, name) for name in fixed} | self.recipes
+        for name in old:
+            if old[name] != new[name]:
+                raise ValueError(
+                    f"{path} was made with another {name}: {old[name]}, expected "
+                    f"{new[name]}. Move it away or choose another folder."
+                )
+        self.recipes |= found.recipes
+        held = {*self.runs[CELL].itertuples(index=False, name=None)}
+
+        def new_in(table: pd.DataFrame) -> list[dict]:
+            return [row for row in table.to_dict("records") if _cell(row) not in held]
+
+        self.add(new_in(found.runs), new_in(found.curves), new_in(found.measured))
 
     def _joined(self, table: pd.DataFrame, rows: list[dict]) -> pd.DataFrame:
         place = {name: number for number, name in enumerate(self.recipes)}
@@ -206,8 +236,7 @@ class Comparison:
         for name in self.recipes:
             rates, best = self._tuned(name)
             if len(rates) > 1:
-                tune = itertools.product([name], ["tune"], rates, self.tune_seeds)
-                cells += tune
+                cells += itertools.product([name], ["tune"], rates, self.tune_seeds)
             if best is not None:
                 cells += [(name, "final", best, seed) for seed in self.seeds]
         done = set(self.runs[CELL].itertuples(index=False, name=None))
@@ -223,8 +252,7 @@ class Comparison:
     def table(self) -> pd.DataFrame:
         """One row per recipe, from its final runs.
 
-        ``lr`` is the chosen rate, ``n`` networks were tested. Deviations are of a
-        sample.
+        ``lr`` is the chosen rate, ``n`` networks were tested, deviations of a sample.
         """
         finals = self.finals
         finished = finals[finals.status == "finished"]
@@ -240,8 +268,7 @@ class Comparison:
     def against(self, reference: str) -> pd.DataFrame:
         """Test accuracy of each recipe less that of one, in points, seed by seed.
 
-        A row per recipe: ``mean``, ``half`` of its 95 % interval, ``n`` and
-        ``told_apart``, see `paired_difference`.
+        Columns as in `paired_difference`: ``mean``, ``half``, ``n``, ``told_apart``.
         """
         finals = self.finals.assign(points=100 * self.finals.test_accuracy)
         points = finals.pivot(index="seed", columns="recipe", values="points")
@@ -310,26 +337,14 @@ def compare(
         raise ValueError(f"recipes have the names {names}, expected each once.")
     if shared := {*plan.seeds} & {*plan.tune_seeds}:
         raise ValueError(f"tune_seeds shares {[*shared]} with seeds, expected others.")
-    if path is not None and Path(path, "recipes.json").exists():
-        found = Comparison.load(path)
-        fixed = ("data", "measure", "tune_epochs")
-        old = {name: getattr(found, name) for name in fixed} | found.recipes
-        new = old | {name: getattr(plan, name) for name in fixed} | plan.recipes
-        for name in old:
-            if old[name] != new[name]:
-                raise ValueError(
-                    f"{path} was made with another {name}: {old[name]}, expected "
-                    f"{new[name]}. Move it away or choose another folder."
-                )
-        plan.recipes |= found.recipes
-        tables = found.runs, found.curves, found.measured
-        plan.add(*(table.to_dict("records") for table in tables))
+    if path is not None:
+        plan.exchange(path)
     with tqdm(unit=" runs", disable=not progress) as bar:
 
         def take(run: dict, curve: list[dict], measured: list[dict]) -> None:
             plan.add([run], curve, measured)
             if path is not None:
-                plan.save(path)
+                plan.exchange(path)
             bar.set_postfix_str("{recipe}, lr {lr:g}: {status}".format(**run))
             bar.update()
 
@@ -426,42 +441,6 @@ def train_cell(
         table = pd.DataFrame(registered(measure)(network, data, recipe, key["seed"]))
         measured = [key | values for values in table.round(_DIGITS).to_dict("records")]
     return row, curve, measured
-
-
-class Difference(NamedTuple):
-    """Mean of ``n`` paired differences; its 95 % interval is ``mean ± half``."""
-
-    mean: float
-    half: float
-    n: int
-
-    @property
-    def told_apart(self) -> bool:
-        """Whether the interval leaves out zero."""
-        return abs(self.mean) > self.half
-
-    def __str__(self) -> str:
-        """In words, as ``+2.00 ± 2.48, n = 3, not told apart``."""
-        words = "told apart" if self.told_apart else "not told apart"
-        return f"{self.mean:+.2f} ± {self.half:.2f}, n = {self.n}, {words}"
-
-
-def paired_difference(values: Any, reference: Any) -> Difference:
-    """How far two methods are apart, seed by seed: Student's t, 95 %.
-
-    Args:
-        values: Numbers by seed: a series, or a sequence. Shape ``(n,)``.
-        reference: The same of the other method; a seed that lacks either is left out.
-
-    >>> paired_difference([3.0, 4.0, 6.0], [2.0, 2.0, 3.0])
-    Difference(mean=2.0, half=2.484..., n=3)
-    """
-    from scipy.stats import t as student
-
-    differences = (pd.Series(values) - pd.Series(reference)).dropna().astype(float)
-    n = len(differences)
-    half = student.ppf(0.975, n - 1) * differences.std() / math.sqrt(n)
-    return Difference(float(differences.mean()), float(half), n)
 
 
 def _empty(columns: list[str]) -> pd.DataFrame:

@@ -106,13 +106,13 @@ def standardize(
     """Shift and scale pixels ``(..., channels, height, width)``, each channel apart.
 
     In float64 and rounded once, so that a pixel always becomes the same number. Without
-    statistics only the dtype changes.
+    statistics only the dtype changes, and that of integers, such as tokens, does not.
 
     >>> standardize(torch.tensor([[[0, 8, 16]]], dtype=torch.uint8), [8], [4])
     tensor([[[-2.,  0.,  2.]]])
     """
     if mean is None or std is None:
-        return images.to(dtype)
+        return images.to(dtype) if images.is_floating_point() else images
     shift = torch.as_tensor(mean, dtype=torch.float64, device=images.device)
     scale = torch.as_tensor(std, dtype=torch.float64, device=images.device)
     shifted = images.double().sub_(shift[:, None, None])
@@ -133,11 +133,11 @@ def as_split(data: Any, split: str = "validation") -> Split:
             "tuple(map(torch.cat, zip(*loader)))."
         )
     images, labels = data
-    if not images.is_floating_point() or len(images) != len(labels):
+    if images.dtype == torch.uint8 or len(images) != len(labels):
         raise ValueError(
             f"images have shape {tuple(images.shape)} and dtype {images.dtype}, labels "
-            f"{tuple(labels.shape)}, expected as many of each, and images in a "
-            "floating dtype. Scale pixels first, for example images.float() / 255."
+            f"{tuple(labels.shape)}, expected as many of each, and no bare pixels: "
+            "scale those first, for example images.float() / 255."
         )
     return Split(images, labels)
 

@@ -1,9 +1,10 @@
-"""Measure a classifier: mean loss and accuracy on labelled images."""
+"""Measure a classifier on labelled images, and tell two methods apart."""
 
 from __future__ import annotations
 
+import math
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +41,7 @@ def evaluate(
     Args:
         model: Maps images ``(n, ...)`` to scores ``(n, classes)``.
         data: A data set, of which the validation split is used; one split, such as
-            ``data.test``; or a pair of tensors, images ``(n, ...)`` in a floating dtype
+            ``data.test``; or a pair of tensors, images ``(n, ...)``, scaled, or tokens,
             and labels ``(n,)``.
         batch_size: Images per forward pass, by device if None; changes no result.
 
@@ -97,8 +98,50 @@ def placement(model: nn.Module, images: Tensor) -> tuple[torch.device, torch.dty
 
 def check_scores(scores: Tensor, rows: int, classes: int) -> None:
     """Refuse scores without a column for each class: on CUDA that ends the process."""
+    if not isinstance(scores, Tensor):
+        raise TypeError(
+            f"model returned a {type(scores).__name__}, expected one tensor of scores "
+            f"({rows}, n). Wrap it in a module that returns the scores to train on."
+        )
     if scores.ndim != 2 or len(scores) != rows or scores.shape[1] < classes:
         raise ValueError(
             f"model returned scores of shape {tuple(scores.shape)}, expected ({rows}, "
             f"n) with n >= {classes}, as the labels go up to {classes - 1}."
         )
+
+
+class Difference(NamedTuple):
+    """Mean of ``n`` paired differences; its 95 % interval is ``mean ± half``."""
+
+    mean: float
+    half: float
+    n: int
+
+    @property
+    def told_apart(self) -> bool:
+        """Whether the interval leaves out zero."""
+        return abs(self.mean) > self.half
+
+    def __str__(self) -> str:
+        """In words, as ``+2.00 ± 2.48, n = 3, not told apart``."""
+        words = "told apart" if self.told_apart else "not told apart"
+        return f"{self.mean:+.2f} ± {self.half:.2f}, n = {self.n}, {words}"
+
+
+def paired_difference(values: Any, reference: Any) -> Difference:
+    """How far two methods are apart, seed by seed: Student's t, 95 %.
+
+    Args:
+        values: Numbers by seed: a series, or a sequence. Shape ``(n,)``.
+        reference: The same of the other method; a seed that lacks either is left out.
+
+    >>> paired_difference([3.0, 4.0, 6.0], [2.0, 2.0, 3.0])
+    Difference(mean=2.0, half=2.484..., n=3)
+    """
+    import pandas as pd
+    from scipy.stats import t as student
+
+    differences = (pd.Series(values) - pd.Series(reference)).dropna().astype(float)
+    n = len(differences)
+    half = student.ppf(0.975, n - 1) * differences.std() / math.sqrt(n)
+    return Difference(float(differences.mean()), float(half), n)

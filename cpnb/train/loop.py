@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from cpnb.layers import evaluation_mode
 from cpnb.train.batches import Augment, Batches
 from cpnb.train.data import Split, as_split
-from cpnb.train.evaluation import measure
+from cpnb.train.evaluation import check_scores, measure
 from cpnb.train.optim import MakeOptimizer, make_optimizer, make_schedule
 from cpnb.train.records import MEASURES, Run, provenance
 
@@ -132,6 +132,7 @@ def fit(
                 _call(hooks, "before_forward", model, step)
                 with torch.autocast(device.type, torch.bfloat16, enabled=amp):
                     scores = forward(images)
+                check_scores(scores, len(labels), 1)
                 loss = F.cross_entropy(scores.float() if amp else scores, labels)
                 model.zero_grad()
                 loss.backward()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import os
 import platform
+import threading
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib import import_module
@@ -69,6 +71,15 @@ def _cpu() -> str:
     lines = path.read_text().splitlines() if path.exists() else []
     models = [line.partition(":")[2].strip() for line in lines if "model name" in line]
     return models[0] if models else platform.processor() or platform.machine()
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a file that is whole at any time, the old or the new one."""
+    path = Path(path).expanduser()
+    writer = f"{os.getpid()}-{threading.get_ident()}"
+    part = path.with_name(f".{path.name}.{writer}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
 
 
 @cache

@@ -14,7 +14,6 @@ from torch.testing import assert_close
 import cpnb
 from cpnb import layers
 from cpnb.explore import (
-    loss_slice,
     spectrum,
     spectrum_report,
     step_spectrum,
@@ -252,64 +251,3 @@ def test_eigenvalue_is_of_the_trainable_parameters_alone():
 
 
 # --- slices ---------------------------------------------------------------------------
-
-
-def make_net():
-    return nn.Sequential(
-        *(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten()),
-        *(nn.Dropout(0.5), cpnb.CPLinear(16, 3, rank=2)),
-    ).double()
-
-
-def normed():
-    """A network with weight normalization, and a filter of zeros."""
-    net = nn.Sequential(nn.Flatten(), nn.Linear(16, 4), nn.Linear(4, 3)).double()
-    with torch.no_grad():
-        net[2].weight[1] = 0
-    parametrizations.weight_norm(net[1])
-    return net
-
-
-# What counts as one filter, in the order of the parameters.
-LINES = {"0.weight": "row", "5.lam": "whole"} | dict.fromkeys(
-    ("5.factors.0", "5.factors.1"), "column"
-)
-NORMED = "1.parametrizations.weight.original"
-NORMED_LINES = {f"{NORMED}0": "whole", f"{NORMED}1": "row", "2.weight": "row"}
-
-
-def direction(net, kinds):
-    """A draw for each parameter, filter by filter as long as its own."""
-    generator = seeded()
-    found = {}
-    for name, kind in kinds.items():
-        values = net.get_parameter(name).detach()
-        draw = torch.randn(values.shape, generator=generator, dtype=torch.float64)
-        inner = tuple(range(1, values.ndim))
-        axes = {"row": inner, "column": 0, "whole": None}[kind]
-        own, drawn = (x.square().sum(axes, keepdim=True) for x in (values, draw))
-        found[name] = draw * (own / drawn).sqrt()
-    return found
-
-
-@pytest.mark.parametrize("chunk", [1000, 5])
-@pytest.mark.parametrize(
-    ("build", "kinds"), [(make_net, LINES), (normed, NORMED_LINES)]
-)
-def test_slice_holds_the_losses_of_the_moved_model(build, kinds, chunk, monkeypatch):
-    monkeypatch.setattr("cpnb.explore.diagnostics._CHUNK", chunk)
-    net = build()
-    net[-1].eval()
-    state = copy.deepcopy(net.state_dict())
-    options = {"span": 0.5, "points": 5, "progress": False}
-    offsets, losses = loss_slice(net, BATCH, generator=seeded(), **options)
-    assert all(torch.equal(v, state[name]) for name, v in net.state_dict().items())
-    assert net.training and net[1].training and not net[-1].training
-    assert offsets.tolist() == [-0.5, -0.25, 0.0, 0.25, 0.5]
-    line = direction(net, kinds)
-    for offset, loss in zip(offsets, losses.tolist(), strict=True):
-        moved = copy.deepcopy(net)
-        with torch.no_grad():
-            for name, step in line.items():
-                moved.get_parameter(name).add_(offset * step)
-        assert loss == pytest.approx(cpnb.train.evaluate(moved, BATCH)["loss"])

@@ -253,7 +253,7 @@ def test_save_leaves_whole_files(folder, copied, monkeypatch):
         patch.setattr(Path, "replace", fails)
         made_by_hand(SCORES).save(copied)
     Comparison.load(copied).save(copied / "deeper" / "again")
-    for path in folder.iterdir():
+    for path in folder.glob("*.*s*"):  # .csv and .json
         assert (copied / path.name).read_bytes() == path.read_bytes()
         again = copied / "deeper" / "again" / path.name
         assert again.read_bytes() == path.read_bytes()
@@ -478,3 +478,15 @@ def test_paired_difference_pairs_series_by_seed():
     assert (found.n, found.mean) == (2, 0.75)
     scale = stats.t.ppf(0.975, 1)
     assert found.half == pytest.approx(scale * 0.25)  # deviation 0.3536, over √2
+
+
+def test_two_comparisons_that_write_one_record_lose_nothing(tmp_path):
+    def run(seed):
+        hook = ONE | {"seeds": [seed], "path": tmp_path}
+        return compare(RECIPES[:1], SMALL, **hook)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(run, (0, 1)))
+    found = Comparison.load(tmp_path)
+    assert sorted(found.runs.seed) == [0, 1]
+    assert len(found.curves) == 2 * SETTINGS["epochs"]

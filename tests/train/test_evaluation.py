@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import cpnb
 from cpnb.train.data import Split
 from cpnb.train.evaluation import accuracy, evaluate, images_and_labels
 
@@ -101,3 +102,40 @@ def test_evaluate_refuses_scores_that_do_not_fit_the_labels(model, shape):
     text = f"scores of shape {shape}, expected (3, n) with n >= 5, as the labels go up"
     with pytest.raises(ValueError, match=re.escape(text)):
         evaluate(model, (torch.zeros(3, 6), torch.full((3,), 4)))
+
+
+class Reader(nn.Module):
+    """Scores of a text of tokens; in training a second time, for a second loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(9, 8)
+        self.fc = nn.Linear(8, 3)
+
+    def forward(self, tokens):
+        return self.fc(self.embedding(tokens).mean(1))
+
+
+class TwoScores(nn.Sequential):
+    def forward(self, inputs):
+        scores = super().forward(inputs)
+        return (scores, scores) if self.training else scores
+
+
+def test_tokens_go_through_every_operation_that_takes_data():
+    data = torch.randint(9, (24, 5), generator=seeded(0)), torch.arange(24) % 3
+    net = cpnb.canonicalize(Reader(), rank=3)
+    cpnb.fit(net, data, epochs=1, progress=False)
+    sweep = cpnb.rank_sweep(net, data, progress=False)
+    assert sweep.accuracy({"fc": 3}) == accuracy(net, data)
+    cut = cpnb.truncate(net, rank=2, key="activation", data=data)
+    assert cpnb.truncation_report(net, cut, data).accuracy.iloc[-1] == accuracy(
+        cut, data
+    )
+
+
+def test_fit_says_what_a_network_with_two_outputs_returned():
+    with pytest.raises(
+        TypeError, match=r"a tuple, expected .*scores \(23, n\). Wrap it"
+    ):
+        cpnb.fit(TwoScores(linear_model()), random_pair(), epochs=1, progress=False)

@@ -1,14 +1,16 @@
 """Run records: what they say of themselves, provenance that is true."""
 
 import json
+import os
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 
 import torch
 
 import cpnb
 from cpnb.train import records
-from cpnb.train.records import MEASURES, Run, provenance
+from cpnb.train.records import MEASURES, Run, provenance, write_text
 
 CPU = torch.device("cpu")
 
@@ -65,3 +67,18 @@ def test_provenance_names_the_commit_of_the_package_and_no_other(tmp_path, monke
         assert commit_now() == f"{commit}-dirty"
     finally:
         records._commit.cache_clear()
+
+
+def test_files_are_whole_in_the_users_home_and_with_the_users_rights(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    texts = [str(n) * 100_000 for n in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write_text, ["~/table"] * 8, texts))
+    path = tmp_path / "table"
+    assert path.read_text() in texts and list(tmp_path.iterdir()) == [path]
+    mask = os.umask(0)
+    os.umask(mask)
+    assert os.name == "nt" or path.stat().st_mode & 0o777 == 0o666 & ~mask
