@@ -4,7 +4,8 @@
 ``python notebooks/build.py 00 05`` only these, ``--force`` executes them in any case
 (after a change in the library) and ``--check`` says which are stale and changes
 nothing. Edited text is taken over without a new execution; edited code is executed in
-full mode, whose outputs are kept, and in fast mode, whose time is kept.
+full mode, whose outputs are kept, and in fast mode, whose time is kept. A notebook that
+is over a limit (`faults`) is refused. ``--site OUT`` makes a site of what is committed.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import base64
 import hashlib
 import os
 import re
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -21,9 +23,17 @@ import nbformat
 
 HERE = Path(__file__).resolve().parent
 README_FIGURE = HERE.parent / "docs" / "readme.png"
+EXPLORERS = HERE.parent / "docs" / "explorers"  # a page NN.html for the site
 CELL_TIMEOUT = 900  # seconds
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
+WORDS, CELL_LINES, MEDIAN_LINES = 1800, 20, 8  # what a student reads to the end
+PICTURE_TEXT = "**Figure:** "  # the text alternative in the cell below a picture
 PROGRESS = re.compile(r"\d+%\|.*\||\d+it \[\d")  # a line that tqdm drew
+# Runs after the last cell: a widget dies with the kernel, its page goes on.
+PRINT_EXPLORER = """
+if hasattr(globals().get("explorer"), "to_html"):
+    print(explorer.to_html(), end="")
+"""
 METADATA = {
     "kernelspec": {
         "display_name": "Python 3 (ipykernel)",
@@ -68,6 +78,37 @@ def stale(script):
         return [(c.cell_type, c.id, c.source, c.metadata) for c in notebook.cells]
 
     return "" if cells(old) == cells(new) else "text"
+
+
+def faults(notebook):
+    """List what makes a notebook longer, or less accessible, than the course allows.
+
+    Words are what stands in text cells between spaces and holds a letter or a digit;
+    lines of code are those that are not empty, in every cell, solutions included.
+
+    Args:
+        notebook: Notebook node. Its pictures are seen only once it is executed.
+
+    Returns:
+        One sentence per fault.
+    """
+    texts = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
+    words = sum(bool(re.search(r"\w", word)) for text in texts for word in text.split())
+    found = [f"{words} words, at most {WORDS}"] if words > WORDS else []
+    sizes = []
+    for cell, below in zip(notebook.cells, [*notebook.cells[1:], None], strict=True):
+        lines = [line for line in cell.source.splitlines() if line.strip()]
+        if cell.cell_type != "code" or not lines:
+            continue
+        sizes.append(len(lines))
+        if len(lines) > CELL_LINES:
+            found.append(f"{len(lines)} lines, at most {CELL_LINES}: {lines[0]}")
+        pictures = any("image/png" in out.get("data", {}) for out in cell.outputs)
+        if pictures and not (below and below.source.startswith(PICTURE_TEXT)):
+            found.append(f"the cell below does not begin {PICTURE_TEXT!r}: {lines[0]}")
+    if statistics.median(sizes or [0]) > MEDIAN_LINES:
+        found.append(f"median {statistics.median(sizes)} lines, at most {MEDIAN_LINES}")
+    return found
 
 
 def execute(notebook, *, fast, folder=HERE, timeout=CELL_TIMEOUT):
@@ -147,12 +188,18 @@ def build(script, *, reason):
 
     Returns:
         The notebook node.
+
+    Raises:
+        SystemExit: If it is over a limit; nothing is written then.
     """
     target = script.with_suffix(".ipynb")
     new = from_script(script)
+    refuse(script, new)
     if reason == "code":
         fast = execute(from_script(script), fast=True)
+        new.cells.append(nbformat.v4.new_code_cell(PRINT_EXPLORER))
         full = execute(new, fast=False)
+        printed = {output.name: output.text for output in new.cells.pop().outputs}
         tidy(new)
         seconds = {"fast": round(fast), "full": round(full), "cores": os.cpu_count()}
         new.metadata["cpnb"] = {"code_hash": code_hash(new), "seconds": seconds}
@@ -164,11 +211,23 @@ def build(script, *, reason):
             cell.outputs = source.outputs
             cell.execution_count = source.execution_count
         new.metadata["cpnb"] = old.metadata["cpnb"]
+    refuse(script, new)
     nbformat.validate(new)
     nbformat.write(new, target)
     if figure := readme_figure(new):
         README_FIGURE.write_bytes(figure)
+    if reason == "code":
+        page = EXPLORERS / f"{script.name[:2]}.html"
+        page.unlink(missing_ok=True)
+        if "stdout" in printed:
+            page.write_text(printed["stdout"], "utf-8")
     return new
+
+
+def refuse(script, notebook):
+    """Stop with the faults of a notebook, if it has any."""
+    if found := faults(notebook):
+        sys.exit("\n  ".join([f"{script.stem} is not written:", *found]))
 
 
 def main(arguments=None):
@@ -177,7 +236,13 @@ def main(arguments=None):
     parser.add_argument("numbers", nargs="*", help="such as 00 05; all by default")
     parser.add_argument("--check", action="store_true", help="change nothing")
     parser.add_argument("--force", action="store_true", help="execute in any case")
+    parser.add_argument("--site", metavar="OUT", help="write a site, execute nothing")
     options = parser.parse_args(arguments)
+    if options.site:
+        sys.path.insert(0, str(HERE.parent))  # the library of this checkout
+        from pages import write_site  # needs the extra "site"
+
+        return write_site(options.site)
     scripts = {path.name[:2]: path for path in sorted(HERE.glob("[0-9][0-9]_*.py"))}
     for number in set(options.numbers) - set(scripts):
         parser.error(f"no script notebooks/NN_*.py with number {number}")

@@ -65,13 +65,12 @@ def test_notebook_outputs_are_those_of_its_code(script):
 
 
 @every_notebook
-def test_notebook_cells_are_short_enough_to_read(script):
-    for cell in jupytext.read(script).cells:
-        lines = [line for line in cell.source.splitlines() if line.strip()]
-        if cell.cell_type == "code":
-            assert len(lines) <= 25, lines[0]
+def test_notebook_is_within_the_limits_of_the_course_and_folds_solutions(script):
+    notebook = read(script)
+    assert build.faults(notebook) == []
+    for cell in notebook.cells:
         if "solution" in cell.metadata.get("tags", []):
-            assert cell.metadata.jupyter == {"source_hidden": True}, "folded"
+            assert cell.metadata.jupyter == {"source_hidden": True}
 
 
 @every_notebook
@@ -139,6 +138,8 @@ from tqdm import tqdm
 for step in tqdm(range(3)):
     pass
 print("a warning stays", file=sys.stderr)
+class explorer:
+    to_html = lambda: "<p>sliders</p>"
 
 # %% tags=["solution"]
 6 * 7
@@ -146,7 +147,8 @@ print("a warning stays", file=sys.stderr)
 
 
 @pytest.fixture
-def scratch(tmp_path):
+def scratch(tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "EXPLORERS", tmp_path)
     script = tmp_path / "99_scratch.py"
     script.write_text(SCRATCH)
     return script
@@ -170,6 +172,8 @@ def test_build_writes_the_same_notebook_twice_without_what_does_not_last(scratch
     assert stderr == ["a warning stays\n"], "the progress bar goes, a warning stays"
     assert first.cells[-1].metadata.tags == ["solution"]
     assert first.metadata.cpnb.seconds.full < 60
+    page = scratch.with_name("99.html")
+    assert page.read_text() == "<p>sliders</p>", "what the site shows"
 
     build.build(scratch, reason="code")
     second = read(scratch)
@@ -201,6 +205,21 @@ def test_build_refuses_a_notebook_whose_cell_raises(scratch):
     with pytest.raises(CellExecutionError, match="ZeroDivisionError"):
         build.build(scratch, reason="code")
     assert not scratch.with_suffix(".ipynb").exists()
+
+
+def test_build_refuses_a_notebook_over_the_limits(scratch):
+    long = "\n# %%\n" + "x = 1\n" * 21 + "\n# %% [markdown]\n# " + "word " * 1800
+    scratch.write_text(SCRATCH.replace("6 * 7", "6 * 7\n" * 9) + long)
+    with pytest.raises(
+        SystemExit, match=r"1803 words, at most 1800\s+21 lines, at most"
+    ):
+        build.build(scratch, reason="code")
+    notebook = build.from_script(scratch)
+    notebook.cells[1].outputs = [
+        nbformat.v4.new_output("display_data", {"image/png": ""})
+    ]
+    text = "the cell below does not begin '**Figure:** ': import os"
+    assert text in "".join(build.faults(notebook))
 
 
 def test_build_check_names_a_number_without_script(capsys):

@@ -350,7 +350,7 @@ class FrobeniusDecay:
     Attributes:
         mu: Strength μ; None takes over the optimizer's weight decay.
         scale: Whether the σ of CP layers decays. Before a batch norm nothing brings σ
-            back and it vanishes: there pass False.
+            back and it shrinks without end: there pass False.
     """
 
     mu: float | None = None
