@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from cpnb.cp import CPForm, rebuild
+from cpnb.cp import CPForm, normalize_columns, rebuild
 from cpnb.decompose import als, power_method, random_units
 
 __all__ = ["INITIALIZERS", "gaussian", "unified", "uniform"]
@@ -64,26 +64,26 @@ def unified(
 
 
 def gaussian(shape: Sequence[int], rank: int, **options: Any) -> CPForm:
-    """Factor entries ~ N(0, 2/R), λ = 1: the paper's Gaussian start.
+    """Columns with entries ~ N(0, 2/R), at unit length, λ = 1: the Gaussian start.
 
-    Columns are normalised in the forward, which cancels the 2/R: the rebuilt kernel has
+    The paper's forward normalises the columns, which cancels the 2/R: the kernel has
     variance ``R / (O·I·K_h·K_w)`` whatever the activation needs.
 
     Args: see `unified`. Source: Veeramacheneni et al. 2022, arXiv:2206.01509.
     """
     lam, draws = _drawn("normal_", shape, rank, **options)
-    return lam, [d * math.sqrt(2 / rank) for d in draws]
+    return lam, normalize_columns(draws)[0] if draws else []
 
 
 def uniform(shape: Sequence[int], rank: int, **options: Any) -> CPForm:
-    """Factor entries ~ U(−√(6/R), √(6/R)), λ = 1: the paper's uniform start.
+    """Columns with entries ~ U(±√(6/R)), at unit length, λ = 1: the uniform start.
 
-    The rebuilt kernel's variance is that of `gaussian`, to within the column norms'
-    fluctuation. Args: see `unified`. Source: Veeramacheneni et al. 2022,
-    arXiv:2206.01509.
+    The kernel's variance is that of `gaussian`.
+
+    Args: see `unified`. Source: Veeramacheneni et al. 2022, arXiv:2206.01509.
     """
     lam, draws = _drawn("uniform_", shape, rank, **options)
-    return lam, [(2 * d - 1) * math.sqrt(6 / rank) for d in draws]
+    return lam, normalize_columns([2 * d - 1 for d in draws])[0] if draws else []
 
 
 def _drawn(

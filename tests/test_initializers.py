@@ -9,7 +9,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import cpnb
-from cpnb.cp import cp_to_kernel, normalize_columns
+from cpnb.cp import cp_to_kernel
 from cpnb.initializers import INITIALIZERS, gaussian, unified, uniform
 
 SHAPE = (64, 32, 3, 3)
@@ -71,25 +71,22 @@ def test_unified_doubles_the_power_of_rectified_activations():
 @pytest.mark.parametrize("rank", [4, 256])
 @pytest.mark.parametrize("init", [gaussian, uniform])
 def test_paper_starts_have_a_variance_that_ignores_their_own(init, rank):
-    """Normalised columns cancel 2/R: Var(W) = R / (O·I·K_h·K_w)."""
-
-    def normalised(shape, rank, generator):
-        lam, factors = init(shape, rank, generator=generator)
-        return lam, normalize_columns(factors)[0]
-
-    variance = mean_variance(normalised, SHAPE, rank)
+    """Normalised columns cancel 2/R: Var(W) = R / (O·I·K_h·K_w), also in a layer."""
+    variance = mean_variance(init, SHAPE, rank)
     assert variance * math.prod(SHAPE) / rank == pytest.approx(1, abs=0.05)
+    layer = cpnb.CPConv2d(32, 64, 3, rank=rank, init=init)
+    variance = layer.weight.var().item() * math.prod(SHAPE) / rank
+    assert variance == pytest.approx(1, abs=0.1)  # one draw: five deviations of 2 %
 
 
-def test_paper_starts_draw_entries_of_the_stated_variance():
+def test_paper_starts_draw_directions_of_the_stated_distributions():
     generator = torch.Generator().manual_seed(0)
-    lam, normal = gaussian((400, 300), 50, generator=generator)
-    assert torch.equal(lam, torch.ones(50))
-    assert normal[0].var().item() == pytest.approx(2 / 50, rel=0.05)
-    _, flat = uniform((400, 300), 50, generator=generator)
-    bound = math.sqrt(6 / 50)
-    assert flat[0].abs().max().item() <= bound
-    assert flat[0].var().item() == pytest.approx(bound**2 / 3, rel=0.05)
+    for start, fourth in ((gaussian, 3.0), (uniform, 1.8)):  # kurtosis of a column
+        lam, (column, _) = start((4000, 300), 50, generator=generator)
+        assert torch.equal(lam, torch.ones(50))
+        assert_close(column.norm(dim=0), torch.ones(50))
+        kurtosis = 4000 * column.pow(4).sum(0).mean().item()
+        assert kurtosis == pytest.approx(fourth, rel=0.02)
 
 
 @pytest.mark.parametrize("init", ["power", "als"])
