@@ -2,7 +2,8 @@
 
 ``python notebooks/experiments.py list`` says what is defined, ``status`` what there is,
 ``run NAME`` trains what the record in ``notebooks/results`` lacks (stop it with Ctrl-C
-and start it again as you like), and ``gpu`` does all that wants a GPU.
+and start it again as you like), and ``gpu`` does all that wants a GPU. ``checkpoint``
+trains the plain network of ``cifar10-small`` once more, for notebook 09.
 """
 
 from __future__ import annotations
@@ -28,14 +29,15 @@ from torch import nn
 
 import cpnb
 from cpnb.initializers import INITIALIZERS, unified
-from cpnb.methods import first_and_last, ranks_for
-from cpnb.train import REGISTRY, Comparison, Dataset, Recipe
+from cpnb.methods import first_and_last, fit_rank, ranks_for
+from cpnb.train import REGISTRY, Augment, Comparison, Dataset, Recipe, build
 from networks import AlexNet, LeNet5, ResNet, SmallConvNet
 
 REGISTRY |= {"ResNet-20": partial(ResNet, 20), "ResNet-32x2": partial(ResNet, 32, 2)}
 REGISTRY |= {"AlexNet": AlexNet, "LeNet5": LeNet5, "SmallConvNet": SmallConvNet}
 
 RESULTS = Path(__file__).resolve().parent / "results"
+CHECKPOINTS = RESULTS.with_name("checkpoints")
 KEPT = (1.0, 0.9, 0.75, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05)  # of the components
 
 # The authors' ranks for the LeNet, read from their public code.
@@ -273,6 +275,11 @@ ROUGHLY = 50_000  # training images in each of their data sets
 
 def read_results(folder: Path | str = RESULTS) -> dict[str, Comparison]:
     """The records in a folder, by experiment."""
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(
+            f"folder is {str(folder)!r}, which is not there, expected one of records. "
+            f"Those of this repository are in {RESULTS}."
+        )
     made = [name for name in EXPERIMENTS if Path(folder, name, "recipes.json").exists()]
     return {name: Comparison.load(Path(folder, name)) for name in made}
 
@@ -329,11 +336,15 @@ def main(arguments: Sequence[str] | None = None, folder: Path = RESULTS) -> int:
     everything.add_argument("--dry-run", action="store_true", help="say what and stop")
     everything.add_argument("--device", default="cuda", help="cpu for a trial")
     everything.add_argument("--workers", type=int, default=3, help="on the one GPU")
+    commands.add_parser("checkpoint", help="the network that notebook 09 loads")
     options = parser.parse_args(arguments)
     if options.command == "run":
         return run(options, folder)
     if options.command == "gpu":
         return gpu(options, folder)
+    if options.command == "checkpoint":
+        checkpoint(read_results(folder)["cifar10-small"], CHECKPOINTS)
+        return 0
     found = read_results(folder)
     for name, experiment in EXPERIMENTS.items():
         is_list = options.command == "list"
@@ -417,6 +428,28 @@ def gpu(options: argparse.Namespace, folder: Path) -> int:
         except (OSError, ValueError) as error:  # as where a data set is missing
             print(f"{name}: {error}")
     return 0
+
+
+def checkpoint(record: Comparison, folder: Path, **settings: Any) -> None:
+    """Keep the record's plain network of seed 0, in CP form, too, and a sweep of that.
+
+    A fit may differ in rounding between processors, and a sweep belongs to a network
+    bit by bit: so both are kept. ``settings`` replace some of the training's.
+    """
+    data = EXPERIMENTS["cifar10-small"].data()
+    recipe = record.recipe("none", "final")
+    network = build(recipe, data, seed=0)
+    trained = recipe.settings | {"lr": record.best["none"], "seed": 0} | settings
+    trained["augment"] = Augment(**trained["augment"])
+    print(cpnb.fit(network, data, **trained))
+    rank = fit_rank(0.1, method="als")
+    generator = torch.Generator().manual_seed(0)
+    form = cpnb.canonicalize(network, rank=rank, init="als", generator=generator)
+    folder.mkdir(exist_ok=True)
+    kept = {"dense": network.state_dict(), "canonical": form.state_dict()}
+    torch.save(kept, folder / "cifar10-small.pt")
+    sweep = cpnb.rank_sweep(form, data, key="greedy", refit=True)
+    sweep.save(folder / "cifar10-small-sweep.json")
 
 
 if __name__ == "__main__":

@@ -73,15 +73,10 @@ def _wait_until_up(url, process, log, *, seconds=60):
 
 @contextlib.contextmanager
 def jupyterlab(root, home, **variables):
-    """Run JupyterLab on a folder, away from the user's own configuration.
+    """Run JupyterLab on the folder ``root``, away from the user's own configuration.
 
-    Args:
-        root: Folder whose notebooks are served.
-        home: Empty folder for configuration, kernels' data and the log.
-        **variables: Environment of the kernels, beside the present one.
-
-    Yields:
-        Address of the server, such as ``http://127.0.0.1:8888``.
+    ``home`` is an empty folder for configuration, kernels' data and the log; kernels
+    get ``variables``, too. Yields an address, such as ``http://127.0.0.1:8888``.
     """
     environment = dict(os.environ, **variables)
     environment.pop("MPLBACKEND", None)

@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from shared import seeded
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 from torch.testing import assert_close
@@ -14,7 +15,6 @@ from torch.testing import assert_close
 from cpnb import CPConv1d, CPConv2d, CPConv3d, CPLinear
 from cpnb.convert import canonicalize, cp_layers, from_layer, to_dense
 from cpnb.decompose import power_method
-from cpnb.layers import evaluation_mode
 from cpnb.methods import normalize
 from cpnb.truncation import truncate
 
@@ -23,10 +23,6 @@ KINDS = {
     2: (nn.Conv2d, CPConv2d, (8, 9)),
     3: (nn.Conv3d, CPConv3d, (6, 5, 7)),
 }
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 class Block(nn.Module):
@@ -129,13 +125,6 @@ def test_to_dense_gives_stock_layers_and_the_same_function():
         assert_close(dense.train(mode)(images), cp.train(mode)(images))
 
 
-def test_to_dense_keeps_a_shared_layer_shared():
-    layer = CPLinear(4, 4, rank=2)
-    dense = to_dense(nn.Sequential(layer, nn.ReLU(), layer))
-    assert dense[0] is dense[2]
-    assert type(dense[0]) is nn.Linear
-
-
 @pytest.mark.parametrize(
     "skip",
     [("head.1",), "head.1", lambda name, layer: isinstance(layer, nn.Linear)],
@@ -152,8 +141,7 @@ def test_canonicalize_keeps_cp_layers_and_takes_a_bare_layer():
     once = canonicalize(Block(), rank=3, skip="head.1")
     twice = canonicalize(once, rank=2)
     assert [layer.rank for layer in cp_layers(twice).values()] == [3, 2]
-    ranks = {"head.1": lambda kernel: kernel.ndim}
-    twice = canonicalize(once, rank=ranks)
+    twice = canonicalize(once, rank={"head.1": lambda kernel: kernel.ndim})
     assert [layer.rank for layer in cp_layers(twice).values()] == [3, 2]
     assert isinstance(canonicalize(nn.Linear(4, 3)), CPLinear)
     assert isinstance(to_dense(CPLinear(4, 3)), nn.Linear)
@@ -186,29 +174,14 @@ def test_ranks_above_what_is_useful_are_refused_and_in_a_network_clipped():
         assert [layer.rank for layer in canonicalize(net, rank=16)] == [16, 2]
 
 
-def test_evaluation_mode_gives_every_module_its_flag_back_also_after_an_error():
-    model = Block().train()
-    model.norm.eval()
-    with pytest.raises(RuntimeError, match="stop"), evaluation_mode(model):
-        assert not any(module.training for module in model.modules())
-        raise RuntimeError("stop")
-    assert model.training
-    assert not model.norm.training
-
-
-def with_nan():
-    layer = nn.Linear(4, 3)
-    with torch.no_grad():
-        layer.weight[0, 0] = float("nan")
-    return nn.Sequential(layer)
-
-
 class Fancy(nn.Linear):
     """A subclass, which may do anything."""
 
 
 BILINEAR = nn.Sequential(nn.Bilinear(3, 3, 3))
 WEIGHT_NORM = parametrizations.weight_norm(nn.Linear(4, 3))
+WITH_NAN = nn.Sequential(nn.Linear(4, 3))
+WITH_NAN[0].weight.data[0, 0] = math.nan
 
 
 @pytest.mark.parametrize(
@@ -218,7 +191,7 @@ WEIGHT_NORM = parametrizations.weight_norm(nn.Linear(4, 3))
         (BILINEAR, {}, r"To leave it alone, pass skip=\('0',\)"),
         (Fancy(3, 2), {}, "layer '' is a Fancy: .* and no subclass"),
         (WEIGHT_NORM, {}, "it is parametrized; call cpnb.methods.remove_normalizer"),
-        (with_nan(), {"init": "power"}, "1 NaN or infinite entries out of 12"),
+        (WITH_NAN, {"init": "power"}, "1 NaN or infinite entries out of 12"),
         (nn.ReLU(), {}, "ReLU with no convolution or linear layer"),
         (Block(), {"skip": "convv"}, r"skip names \['convv'\], expected some of"),
         (Block(), {"rank": 0}, "rank is 0"),
@@ -304,12 +277,13 @@ def test_canonicalize_refuses_tied_weights(tie):
         canonicalize(model)
 
 
-def test_canonicalize_keeps_a_layer_that_is_used_twice_one_layer():
+def test_conversions_keep_a_layer_that_is_used_twice_one_layer():
     shared = nn.Linear(4, 4)
     model = nn.Sequential(shared, nn.ReLU(), shared, nn.Linear(4, 2))
     new = canonicalize(model)
-    assert new[0] is new[2]
-    assert list(cp_layers(new)) == ["0", "3"]
+    dense, cut = to_dense(new), truncate(new, rank=1)
+    assert all(each[0] is each[2] for each in (new, dense, cut))
+    assert list(cp_layers(new)) == ["0", "3"] and not cp_layers(dense)
     assert list(cp_layers(canonicalize(model, skip="0"))) == ["3"]
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from shared import random_cp
 from torch.autograd import gradcheck
 from torch.testing import assert_close
 
@@ -26,13 +27,6 @@ from cpnb.cp import (
 )
 
 SHAPES = [(5, 4), (5, 4, 3), (4, 3, 3, 2), (3, 2, 2, 2, 2), (7,)]
-
-
-def random_cp(shape, rank, seed=0, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(seed)
-    lam = torch.randn(rank, generator=generator, dtype=dtype)
-    factors = [torch.randn(n, rank, generator=generator, dtype=dtype) for n in shape]
-    return lam, factors
 
 
 def loop_kernel(lam, factors):

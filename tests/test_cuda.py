@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from shared import seeded
 from torch.testing import assert_close
 
 import cpnb
@@ -14,10 +15,6 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 
 QUIET = {"progress": False}
 CLOSE = {"rtol": 1e-3, "atol": 1e-4}  # float32, sums in another order, TF32 off
-
-
-def seeded():
-    return torch.Generator().manual_seed(0)
 
 
 def digits_net(**options):

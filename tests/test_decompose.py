@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from shared import randn, seeded
 from torch.testing import assert_close
 
 from cpnb import decompose
@@ -15,17 +16,9 @@ SHAPES = [(8, 6, 3, 3), (9, 7, 5), (6, 5), (4, 3, 2, 2, 2)]
 METHODS = [power_method, als]
 
 
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def random_kernel(shape, seed=0, dtype=torch.float64):
-    return torch.randn(shape, generator=seeded(seed), dtype=dtype)
-
-
 def exact_kernel(shape, rank, seed=0):
     """A kernel of known rank, its λ well apart, with its canonical form."""
-    factors = [random_kernel((n, rank), seed + i) for i, n in enumerate(shape)]
+    factors = [randn(n, rank, seed=seed + i) for i, n in enumerate(shape)]
     lam = torch.arange(rank, 0, -1, dtype=torch.float64)
     units, _ = normalize_columns(factors)
     return cp_to_kernel(lam, units), canonical_gauge(lam, units)
@@ -42,7 +35,7 @@ def energy(kernel, result):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_decomposition_reports_its_error_and_has_unit_columns(method, shape):
-    kernel = random_kernel(shape)
+    kernel = randn(*shape)
     result = method(kernel, 5, generator=seeded())
     assert len(result.factors) == len(shape)
     error = error_of(kernel, result.lam, result.factors)
@@ -57,7 +50,7 @@ def test_decomposition_reports_its_error_and_has_unit_columns(method, shape):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_decomposition_repeats_bit_for_bit_and_leaves_the_global_generator(method):
-    kernel = random_kernel((6, 5, 3))
+    kernel = randn(6, 5, 3)
     state = torch.get_rng_state()
     first = method(kernel, 4, generator=seeded(3))
     second = method(kernel, 4, generator=seeded(3))
@@ -68,7 +61,7 @@ def test_decomposition_repeats_bit_for_bit_and_leaves_the_global_generator(metho
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_power_method_is_nested_and_its_error_follows_from_lambda_alone(shape):
-    kernel = random_kernel(shape)
+    kernel = randn(*shape)
     long = power_method(kernel, 6, generator=seeded())
     short = power_method(kernel, 4, generator=seeded())
     assert_close(short.lam, long.lam[:4])
@@ -79,7 +72,7 @@ def test_power_method_is_nested_and_its_error_follows_from_lambda_alone(shape):
 
 
 def test_power_method_is_the_svd_for_a_matrix():
-    matrix = random_kernel((7, 5))
+    matrix = randn(7, 5)
     result = power_method(matrix, 3)
     assert_close(result.lam, torch.linalg.svdvals(matrix)[:3])
 
@@ -97,7 +90,7 @@ def test_power_method_pads_with_zero_lambda_when_nothing_is_left():
 def test_als_is_at_least_as_good_as_tensorly():
     from tensorly.decomposition import parafac
 
-    kernel = random_kernel((8, 6, 3, 3))
+    kernel = randn(8, 6, 3, 3)
     lam, factors = parafac(
         kernel.numpy(), 8, n_iter_max=50, init="random", random_state=0, tol=1e-8
     )
@@ -122,7 +115,7 @@ TEXTBOOK = {"extrapolate": False, "start": "random"}
 )
 def test_als_never_fits_worse_with_more_sweeps(damping, options):
     """The best factors met are kept, also across extrapolations that went wrong."""
-    kernel = random_kernel((6, 5, 3, 3))
+    kernel = randn(6, 5, 3, 3)
 
     def goal(sweeps):
         settings = {"sweeps": sweeps, "damping": damping, "tol": 0, **options}
@@ -138,7 +131,7 @@ def test_als_never_fits_worse_with_more_sweeps(damping, options):
 
 
 def test_damping_keeps_components_small_at_almost_no_cost():
-    kernel = random_kernel((16, 8, 3, 3))
+    kernel = randn(16, 8, 3, 3)
     free = als(kernel, 8, sweeps=200, damping=0, generator=seeded())
     damped = als(kernel, 8, sweeps=200, generator=seeded())
     assert energy(kernel, damped) < 0.5 * energy(kernel, free)
@@ -160,7 +153,7 @@ def test_als_ridge_holds_lambda_down_on_a_degenerate_kernel():
 def test_als_says_what_to_do_when_every_retry_fails(monkeypatch):
     monkeypatch.setattr(decompose, "_solve", lambda gram, product: product * math.nan)
     with pytest.raises(ArithmeticError, match=r"rank 2 .* Lower the rank or use power"):
-        als(random_kernel((4, 3, 2)), 2)
+        als(randn(4, 3, 2), 2)
 
 
 @pytest.mark.parametrize("method", METHODS)

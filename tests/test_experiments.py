@@ -16,7 +16,8 @@ from cpnb.train.data import Dataset, Split
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "notebooks"))
 import experiments
-from experiments import EXPERIMENTS, RESULTS, STARTS, read_results, status
+from experiments import CHECKPOINTS, EXPERIMENTS, RESULTS, STARTS, read_results, status
+from networks import SmallConvNet
 
 SETTINGS = {"epochs": 1, "batch_size": 64}
 TINY = replace(
@@ -195,7 +196,39 @@ def test_gpu_command_does_all_of_its_list_and_keeps_to_its_time(
     assert status("tiny", made).startswith("complete, 4 trainings")
 
 
+def test_a_folder_of_records_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"folder is '.*nix', which is not"):
+        read_results(tmp_path / "nix")
+
+
 COMMITTED = read_results()
+
+
+def loaded(folder):
+    """A checkpoint's canonical network, and the sweep beside it."""
+    kept = torch.load(folder / "cifar10-small.pt")
+    network = cpnb.canonicalize(SmallConvNet(), init="unified")
+    network.load_state_dict(kept["canonical"])
+    assert sum(v.numel() for v in kept["dense"].values()) == count(SmallConvNet())
+    return network, cpnb.RankSweep.load(folder / "cifar10-small-sweep.json")
+
+
+@pytest.mark.slow
+def test_checkpoint_holds_a_network_and_the_sweep_of_its_canonical_form(
+    tmp_path, monkeypatch
+):
+    pixels = torch.randint(256, (60, 3, 32, 32), dtype=torch.uint8)
+    data = example(pixels, [(127.5,) * 3, (73.9,) * 3])
+    made = replace(EXPERIMENTS["cifar10-small"], data=lambda: data)
+    monkeypatch.setattr(experiments, "EXPERIMENTS", {"cifar10-small": made})
+    record = COMMITTED["cifar10-small"]
+    experiments.checkpoint(record, tmp_path, epochs=1, progress=False)
+    for folder in (tmp_path, CHECKPOINTS):
+        network, sweep = loaded(folder)
+        sweep.check_model(network)
+    assert sweep.images == 5000 and sweep.status == "finished"
+    finals = record.finals.query("recipe == 'none'").validation_accuracy
+    assert abs(sweep.curve("*").accuracy.iloc[-1] - finals.mean()) < 0.03
 
 
 def test_committed_records_are_those_that_the_text_lists():

@@ -1,30 +1,32 @@
-"""CP layers in other hands: compile, export, tracers, ONNX, pickle, a light import."""
+"""Factored layers in other hands: autograd, tracers, export, ONNX, vmap, pickle."""
 
-import copy
-import pickle
 import subprocess
 import sys
 
 import pytest
 import torch
 from torch import nn
+from torch.autograd import gradcheck
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
 
-import cpnb
 from cpnb import CPConv1d, CPConv2d, CPConv3d, CPLinear, to_dense
-from cpnb.layers import CPConvTranspose2d
+from cpnb.layers import CPConvTranspose2d, CPLayer
+from cpnb.methods import LowRankConv2d, LowRankLinear
 
 MODES = ["dense", "chain"]
 GEOMETRY = {"groups": 2, "padding": 1, "padding_mode": "circular"}
 # Class, arguments, shape of an input.
 LAYERS = {
-    "Conv1d": (CPConv1d, (3, 4, 3), {}, (3, 9)),
+    "Conv1d": (CPConv1d, (3, 4, 3), {"signed": False}, (3, 9)),
     "Conv2d": (CPConv2d, (4, 6, 3, 2), GEOMETRY, (4, 7, 7)),
     "pointwise": (CPConv2d, (4, 6, 1, 2), {}, (4, 7, 7)),
     "Conv3d": (CPConv3d, (2, 3, 2), {}, (2, 5, 5, 5)),
     "Linear": (CPLinear, (6, 4), {}, (6,)),
     "transposed": (CPConvTranspose2d, (4, 6, 3, 2), {"groups": 2}, (4, 5, 5)),
+    "low rank": (LowRankConv2d, (4, 6, (2, 3), 1, 1), {"groups": 2}, (4, 7, 7)),
+    "low-rank pointwise": (LowRankConv2d, (4, 6, 1, 2), {}, (4, 7, 7)),
+    "low-rank linear": (LowRankLinear, (6, 4), {}, (6,)),
 }
 
 
@@ -32,18 +34,30 @@ LAYERS = {
 def case(request):
     """A function that makes a layer for a forward mode, and the shape of its input."""
     kind, arguments, options, shape = LAYERS[request.param]
-    return lambda mode: kind(*arguments, **options, rank=5, forward_mode=mode), shape
+
+    def make(mode):
+        layer = kind(*arguments, **options, rank=5)
+        if isinstance(layer, CPLayer):  # a low-rank layer has one way
+            layer.forward_mode = mode
+        return layer
+
+    return make, shape
 
 
-@pytest.fixture
-def network():
-    generator = torch.Generator().manual_seed(0)
-    layers = nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(288, 10)
-    model = nn.Sequential(*layers)
-    return cpnb.canonicalize(model, rank=0.5, generator=generator).eval()
+@pytest.mark.parametrize("mode", MODES)
+def test_layer_passes_gradcheck_and_reaches_every_parameter(case, mode):
+    make, shape = case
+    layer = make(mode).double()
+    names, values = zip(*layer.named_parameters(), strict=True)
 
+    def output(inputs, *values):
+        state = dict(zip(names, values, strict=True))
+        return torch.func.functional_call(layer, state, (inputs,))
 
-IMAGES = torch.linspace(-1, 1, 3 * 64).view(3, 1, 8, 8)
+    inputs = torch.randn(1, *shape, dtype=torch.float64, requires_grad=True)
+    assert gradcheck(output, (inputs, *values))
+    layer(inputs).square().sum().backward()
+    assert all(value.grad.any() for value in values)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -63,8 +77,8 @@ def test_traced_layer_follows_its_parameters(case, mode, training):
 
     graph = make_fx(call)(parameters, inputs)
     with torch.no_grad():
-        layer.lam.mul_(torch.linspace(-1, 2, layer.rank))
-        layer.factors[0].add_(0.5)
+        for parameter in layer.parameters():
+            parameter.mul_(-1.5).add_(0.5)
     fresh = torch.randn(2, *shape)
     assert_close(traced(fresh), layer(fresh))
     assert_close(graph(parameters, fresh), layer(fresh))
@@ -149,17 +163,10 @@ def test_layer_follows_default_device_and_dtype_in_its_parameters_only(case, mod
         torch.set_default_dtype(torch.float32)
 
 
-def test_network_pickles_and_copies(network):
-    for twin in (pickle.loads(pickle.dumps(network)), copy.deepcopy(network)):
-        assert torch.equal(twin(IMAGES), network(IMAGES))
-        own = {p.data_ptr() for p in network.parameters()}
-        assert own.isdisjoint(p.data_ptr() for p in twin.parameters())
-
-
-def test_dense_network_needs_no_cpnb_to_unpickle(network, tmp_path):
+def test_dense_network_needs_no_cpnb_to_unpickle(tmp_path):
     """A stock layer that came out of cpnb loads where cpnb is not installed."""
     path = tmp_path / "net.pt"
-    torch.save(to_dense(network), path)
+    torch.save(to_dense(nn.Sequential(CPConv2d(1, 8, 3), nn.BatchNorm2d(8))), path)
     code = (
         "import sys, torch; sys.modules['cpnb'] = None; "
         f"print(type(torch.load({str(path)!r}, weights_only=False)[0]).__name__)"
@@ -170,8 +177,11 @@ def test_dense_network_needs_no_cpnb_to_unpickle(network, tmp_path):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("innermost", [False, True])
-def test_vmap_trains_an_ensemble_of_cp_convolutions(mode, innermost):
-    twins = [CPConv2d(3, 4, 3, rank=5, forward_mode=mode).double() for _ in range(2)]
+@pytest.mark.parametrize("kind", [CPConv2d, LowRankConv2d])
+def test_vmap_trains_an_ensemble_of_convolutions(kind, mode, innermost):
+    twins = [kind(3, 4, 3, rank=5).double() for _ in range(2)]
+    for twin in twins:
+        twin.forward_mode = mode
     images = torch.randn(2, 6, 3, 5, 5, dtype=torch.float64)
     if innermost:
         images = images.movedim(2, -1).contiguous().movedim(-1, 2)

@@ -213,8 +213,8 @@ class LowRankConv2d(ConvGeometry, LowRankLayer):
         # (groups · rank, in / groups, 1, width), then (out, rank, height, 1). Cloned:
         # strides that look like channels_last would make the output so.
         plain: Any = {"memory_format": torch.contiguous_format}
-        across = right.unflatten(1, (-1, 1, width)).movedim(-1, 1).flatten(0, 1)
-        down = left.reshape(self.out_channels, height, 1, -1).movedim(-1, 1)
+        across = right.unflatten(1, (-1, 1, width)).movedim(4, 1).flatten(0, 1)
+        down = left.reshape(self.out_channels, height, 1, -1).movedim(3, 1)
         hidden = convolve(images, across.clone(**plain), **_along(geometry, 1))
         return convolve(hidden, down.clone(**plain), self.bias, **_along(geometry, 0))
 

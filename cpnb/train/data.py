@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 _VALIDATION_SHARE = 0.1  # of the official training part
@@ -267,8 +268,16 @@ def _download(source: Source, files: Sequence[str], advice: str) -> Path:
     import pooch
 
     place = Path(pooch.os_cache("cpnb"), source.folders[-1])
-    if all((place / file).is_file() for file in files):
-        return place
+    place.mkdir(parents=True, exist_ok=True)
+    with FileLock(place / ".lock"):  # of two processes the second finds all there
+        if not all((place / file).is_file() for file in files):
+            _fetch(source, place, advice)
+    return place
+
+
+def _fetch(source: Source, place: Path, advice: str) -> None:
+    import pooch
+
     cache = pooch.create(place, source.url, registry=dict(source.hashes))
     load: Any = pooch.HTTPDownloader(progressbar=True, timeout=20)
     for file in source.hashes:
@@ -280,7 +289,6 @@ def _download(source: Source, files: Sequence[str], advice: str) -> Path:
                 f"{source.url}{file} cannot be downloaded ({type(error).__name__}: "
                 f"{error}). Run again when it can, or use files you have. {advice}"
             ) from None
-    return place
 
 
 def _read_digits(paths: Sequence[Path]) -> list[Part]:

@@ -1,10 +1,11 @@
-"""Spectra, curvature and slices against their definitions written out."""
+"""Spectra, steps and curvature against their definitions written out."""
 
 import copy
 import math
 
 import pytest
 import torch
+from shared import randn, seeded
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -13,23 +14,8 @@ from torch.testing import assert_close
 
 import cpnb
 from cpnb import layers
-from cpnb.explore import (
-    spectrum,
-    spectrum_report,
-    step_spectrum,
-    top_hessian_eigenvalue,
-)
+from cpnb.explore import spectrum, spectrum_report, step_spectrum
 from cpnb.methods import LowRankConv2d
-
-
-def draw(*shape, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-
-def seeded(seed=1):
-    return torch.Generator().manual_seed(seed)
-
 
 # --- spectra --------------------------------------------------------------------------
 
@@ -51,8 +37,8 @@ def numbers(found):
 
 
 KERNELS = {
-    "matrix": draw(5, 7),
-    "5 modes": draw(3, 2, 2, 2, 2),
+    "matrix": randn(5, 7),
+    "5 modes": randn(3, 2, 2, 2, 2),
     "linear": nn.Linear(5, 7),
     "conv3d": nn.Conv3d(2, 3, 2),
     "weight norm": parametrizations.weight_norm(nn.Linear(5, 7)),
@@ -90,7 +76,7 @@ def test_condition_number_is_infinite_where_the_dtype_cannot_tell():
 
     assert condition(cpnb.CPLinear(8, 8, rank=7)) == math.inf
     assert condition(cpnb.CPLinear(8, 8, rank=8)) < math.inf
-    low = draw(8, 3) @ draw(3, 9, seed=1)
+    low = randn(8, 3) @ randn(3, 9, seed=1)
     assert condition(low) == condition(low.float()) == math.inf
     wide = torch.diag(torch.tensor([1.0, 1e-5]))
     assert condition(wide) == pytest.approx(1e5)
@@ -134,7 +120,7 @@ CP = [
 def test_a_step_of_a_dense_and_of_a_weight_normalised_layer_is_that_of_the_kernel():
     for layer in (nn.Conv2d(3, 5, 3), parametrizations.weight_norm(nn.Linear(9, 4))):
         before = [p.clone() for p in layer.parameters()]
-        assert step_spectrum(layer, generator=seeded()) == pytest.approx((1, 1))
+        assert step_spectrum(layer, generator=seeded(1)) == pytest.approx((1, 1))
         assert all(map(torch.equal, before, layer.parameters()))
 
 
@@ -149,7 +135,7 @@ def test_step_spectrum_is_that_of_the_matrix_written_out(low):
         ]
         rows = [torch.cat([g.flatten() for g in slope]) for slope in slopes]
         values = torch.linalg.svdvals(torch.stack(rows)).square()
-        found = step_spectrum(layer, generator=seeded())
+        found = step_spectrum(layer, generator=seeded(1))
         assert found.largest == pytest.approx(values.max().item(), rel=0.01)
         assert found.mean == pytest.approx(values.sum().item() / len(rows), rel=0.1)
 
@@ -160,7 +146,7 @@ def test_mean_step_is_that_of_its_formula_and_the_largest_bounded(
     kind, sizes, groups, share, monkeypatch
 ):
     options = {"groups": groups} if groups > 1 else {}
-    layer = kind(*sizes, **options, rank=share, generator=seeded())
+    layer = kind(*sizes, **options, rank=share, generator=seeded(1))
     sizes = [len(factor) for factor in layer.factors]
     columns = sum((n - 1) * n / max(sizes) for n in sizes) / layers.COLUMN**2
     mean = layer.rank * (columns + layers.SLOW**-2) + layers.SLOW**-2
@@ -173,7 +159,7 @@ def test_mean_step_is_that_of_its_formula_and_the_largest_bounded(
 # --- curvature ------------------------------------------------------------------------
 
 
-BATCH = draw(12, 1, 4, 4), torch.arange(12) % 3
+BATCH = randn(12, 1, 4, 4), torch.arange(12) % 3
 
 NETS = {
     "two layers": [nn.Flatten(), nn.Linear(16, 4), nn.Tanh(), nn.Linear(4, 3)],
@@ -203,8 +189,8 @@ def dense_eigenvalues(net, images, labels):
 
 
 def top(net, pair, **options):
-    options = {"generator": seeded(), "progress": False} | options
-    return top_hessian_eigenvalue(net, pair, **options)
+    options = {"generator": seeded(1), "progress": False} | options
+    return cpnb.explore.top_hessian_eigenvalue(net, pair, **options)
 
 
 @pytest.mark.parametrize("chunk", [1000, 5])
@@ -248,6 +234,3 @@ def test_eigenvalue_is_of_the_trainable_parameters_alone():
     net[1].requires_grad_(False)
     values = dense_eigenvalues(net[3], net[:3](BATCH[0]).detach(), BATCH[1])
     assert top(net, BATCH).value == pytest.approx(values[-1].item(), rel=1e-6)
-
-
-# --- slices ---------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from matplotlib.colors import to_hex
+from matplotlib.colors import to_hex, to_rgb
 
 from cpnb.explore import plots
 from cpnb.train.data import load_data
@@ -35,13 +35,6 @@ def run(accuracies, validation=True):
     return SimpleNamespace(history=[dict(zip(names, row, strict=True)) for row in rows])
 
 
-def sweep(*rows):
-    """A table of the axes, ranks and accuracies in ``rows``."""
-    table = pd.DataFrame(rows, columns=["axis", "rank", "accuracy"])
-    table["break_even_rank"] = 7
-    return SimpleNamespace(table=table, curve=lambda axis: table[table["axis"] == axis])
-
-
 def line_data(ax):
     return [line.get_xydata().T for line in ax.get_lines()]
 
@@ -52,6 +45,38 @@ def texts(ax):
 
 def labels(ax):
     return [text.get_text() for text in ax.get_legend().get_texts()]
+
+
+# Machado, Oliveira and Fernandes 2009, doi:10.1109/TVCG.2009.113, in linear RGB.
+BLINDNESS = {
+    "protanopia": "0.152 1.053 -.205  .115 .786 .099  -.004 -.048 1.052",
+    "deuteranopia": "0.367 .861 -.228  .280 .673 .047  -.012 .043 .969",
+    "tritanopia": "1.256 -.077 -.179  -.078 .931 .148  .005 .691 .304",
+}
+TO_XYZ = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722]])
+TO_XYZ = np.vstack([TO_XYZ, [0.0193, 0.1192, 0.9505]])
+
+
+def seen(color, matrix):
+    """CIELAB coordinates of what a colour-blind reader sees."""
+    coded = np.array(to_rgb(color))
+    linear = np.where(coded <= 0.04045, coded / 12.92, ((coded + 0.055) / 1.055) ** 2.4)
+    x, y, z = np.cbrt(TO_XYZ @ (matrix @ linear).clip(0.01, 1) / TO_XYZ.sum(1))
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+@pytest.mark.parametrize("kind", BLINDNESS)
+def test_colours_of_a_panel_differ_for_the_colour_blind(kind):
+    matrix = np.array(BLINDNESS[kind].split(), float).reshape(3, 3)
+    panels = ["none batch weight conditioned scaling canonical"]
+    panels += ["none canonical canonical-unified oni SI+FD"]
+    panels += ["dense low-rank SI FD SI+FD CP", "dense CP CP+FD"]
+    panels += ["lam lam+refit greedy greedy+refit fresh"]
+    panels += ["lam greedy gradient activation random"]
+    for panel in panels:
+        places = [seen(plots.METHOD_STYLES[n].color, matrix) for n in panel.split()]
+        for one, other in itertools.combinations(places, 2):
+            assert np.linalg.norm(one - other) > 10, panel  # 2 is just noticeable
 
 
 def test_methods_differ_in_colour_and_marker_from_all_they_are_drawn_with():
@@ -93,9 +118,8 @@ def test_plot_training_draws_a_table_of_curves_like_its_runs():
     ]
     one = plots.plot_training(runs)
     other = plots.plot_training(pd.DataFrame(rows))
-    assert (
-        set(labels(one)) == set(labels(other)) == {"weight norm, n = 2", "mine, n = 1"}
-    )
+    drawn = {"weight norm, n = 2", "mine, n = 1"}
+    assert set(labels(one)) == set(labels(other)) == drawn
     for first, second in zip(line_data(one), line_data(other), strict=True):
         np.testing.assert_array_equal(first, second)
 
@@ -117,7 +141,9 @@ def test_plot_training_gives_strangers_colours_that_are_free():
     assert ax.get_ylabel() == "seconds per epoch"
 
 
-SWEEP = sweep(("b", 2, 0.25), ("b", 9, 0.9), ("*", 3, 0.5))
+ROWS = [("b", 2, 0.25, 7), ("b", 9, 0.9, 7), ("*", 3, 0.5, 7)]
+TABLE = pd.DataFrame(ROWS, columns=["axis", "rank", "accuracy", "break_even_rank"])
+SWEEP = SimpleNamespace(table=TABLE, curve=lambda axis: TABLE[TABLE["axis"] == axis])
 TRAINING = plots.plot_training
 REFUSALS = {
     "lack 'accuracy', expected": lambda: TRAINING({"a": run([0.5])}, "accuracy"),
@@ -151,8 +177,7 @@ def test_plot_truncation_panel_shows_each_curve_and_the_kernel_of_zeros():
     drawn = [[[1, 4], [2.5, 0]], [[1, 4], [0.9, 0]], [[0, 1], [1, 1]]]
     np.testing.assert_allclose(line_data(ax), drawn)
     assert texts(ax) == ["kernel of zeros"]
-    labels = [text.get_text() for text in ax.get_legend().get_texts()]
-    assert labels == ["top |λ|", "greedy"]
+    assert labels(ax) == ["top |λ|", "greedy"]
     assert ax.get_ylim()[0] == 0
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from shared import count, seeded
 from torch import nn
 from torch.testing import assert_close
 
@@ -14,13 +15,8 @@ from cpnb.layers import CPConvTranspose2d
 @pytest.fixture
 def networks():
     net = [nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(256, 10)]
-    generator = torch.Generator().manual_seed(0)
-    before = cpnb.canonicalize(nn.Sequential(*net), rank=5, generator=generator)
+    before = cpnb.canonicalize(nn.Sequential(*net), rank=5, generator=seeded())
     return before, cpnb.truncate(before, keep=0.5)
-
-
-def count(model):
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def test_report_counts_parameters_against_the_dense_network(networks):
@@ -54,9 +50,8 @@ def test_report_measures_kernel_errors(networks):
 
 def test_report_measures_accuracy_and_flops_when_data_is_given(networks):
     before, after = networks
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(40, 1, 8, 8, generator=generator)
-    pair = images, torch.randint(10, (40,), generator=generator)
+    images = torch.randn(40, 1, 8, 8, generator=seeded())
+    pair = images, torch.randint(10, (40,), generator=seeded())
     assert "flops" not in truncation_report(before, after)
     after.train()
     report = truncation_report(before, after, pair)
@@ -97,14 +92,10 @@ def test_report_refuses_networks_that_do_not_match(networks):
         truncation_report(nn.ReLU(), nn.ReLU())
 
 
+CIRCULAR = {"padding_mode": "circular"}
 # Class, arguments, options, shape of an input.
 CHAINS = {
-    "grouped": (
-        CPConv2d,
-        (4, 6, 3, 2, 1, 2, 2),
-        {"padding_mode": "circular"},
-        (4, 9, 9),
-    ),
+    "grouped": (CPConv2d, (4, 6, 3, 2, 1, 2, 2), CIRCULAR, (4, 9, 9)),
     "one channel": (CPConv2d, (1, 6, 3), {"bias": False}, (1, 7, 7)),
     "pointwise": (CPConv2d, (4, 6, 1, 2), {}, (4, 7, 7)),
     "same": (CPConv1d, (3, 4, 3), {"padding": "same", "dilation": 2}, (3, 9)),
@@ -114,12 +105,9 @@ CHAINS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("kind", "arguments", "options", "shape"), CHAINS.values(), ids=CHAINS
-)
-def test_chain_computes_the_layer_with_stock_layers_alone(
-    kind, arguments, options, shape
-):
+@pytest.mark.parametrize("case", CHAINS)
+def test_chain_computes_the_layer_with_stock_layers_alone(case):
+    kind, arguments, options, shape = CHAINS[case]
     layer = kind(*arguments, **options, rank=2).double()
     chain = to_chain(layer.eval())
     assert all(type(m).__module__.startswith("torch.nn") for m in chain.modules())

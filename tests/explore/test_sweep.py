@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from shared import count
 from torch import nn
 
 import cpnb
@@ -54,10 +55,6 @@ def data(model):
 @pytest.fixture
 def sweep(model, data):
     return rank_sweep(model, data, progress=False)
-
-
-def count(model):
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def naive(model, data, ranks, **options):

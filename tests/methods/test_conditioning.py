@@ -31,7 +31,6 @@ CP = {
     "linear": (lambda: cpnb.CPLinear(6, 4, rank=3), (2, 6)),
     "unsigned": (lambda: cpnb.CPLinear(6, 4, rank=3, signed=False), (2, 6)),
 }
-every_cp = pytest.mark.parametrize(("make", "shape"), CP.values(), ids=CP)
 
 
 @torch.no_grad()
@@ -111,8 +110,8 @@ def test_conditioned_trains_without_nan_from_zero_rows_and_columns(mode):
 # --- CP layers ------------------------------------------------------------------------
 
 
-@every_cp
-def test_conditioned_cp_layer_equals_loops_on_its_dense_kernel(make, shape):
+@pytest.mark.parametrize(("make", "shape"), CP.values(), ids=CP)
+def test_conditioned_cp_layer_equals_loops_and_becomes_a_plain_one(make, shape):
     source = scattered(make().double())
     source.scale.data.abs_().neg_()  # a sign that the gain has to keep
     layer = normalize(source, "conditioned")
@@ -128,12 +127,6 @@ def test_conditioned_cp_layer_equals_loops_on_its_dense_kernel(make, shape):
     for forward_mode in ("dense", "chain"):
         layer.forward_mode = forward_mode
         assert_close(layer(inputs), dense(inputs))
-
-
-@every_cp
-def test_conditioned_cp_layer_becomes_a_plain_one_of_the_same_kernel(make, shape):
-    source = scattered(make().double())
-    layer = normalize(source, "conditioned")
     layer.scale.data.neg_()
     before = copy.deepcopy(layer.state_dict())
     plain = remove_normalizer(layer, keep_cp=True)

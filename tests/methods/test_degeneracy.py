@@ -5,15 +5,11 @@ import math
 
 import pytest
 import torch
+from shared import random_cp, seeded
 
 from cpnb.cp import canonical_gauge, cp_to_kernel, normalize_columns
 from cpnb.initializers import unified
 from cpnb.methods.degeneracy import ENERGY_LIMIT, degeneracy
-
-
-def random_cp(shape, rank, *, seed=0):
-    draw = {"generator": torch.Generator().manual_seed(seed), "dtype": torch.float64}
-    return torch.randn(rank, **draw), [torch.randn(n, rank, **draw) for n in shape]
 
 
 def border_rank_pair(step):
@@ -85,8 +81,7 @@ def test_healthy_kernels_do_not_raise_the_flag():
     meter = degeneracy(torch.tensor([3.0, -2.0, 1.0]), orthogonal)
     assert meter.energy == pytest.approx(1)
     assert (meter.worst_cosine, meter.worst_cancellation) == (0, 0)
-    generator = torch.Generator().manual_seed(0)
-    start = unified((64, 32, 3, 3), 179, generator=generator)
+    start = unified((64, 32, 3, 3), 179, generator=seeded())
     assert not degeneracy(*start).degenerate
     column = torch.ones(3, 2)  # components that add up cancel nothing
     meter = degeneracy(torch.ones(2), [column, column])
@@ -137,7 +132,3 @@ def test_degeneracy_refuses_shapes_that_disagree():
     text = r"factors\[0\] has 4 columns, expected rank 2 \(from lam\)"
     with pytest.raises(ValueError, match=text):
         degeneracy(torch.ones(2), [torch.ones(3, 4)])
-
-
-def seeded():
-    return torch.Generator().manual_seed(0)

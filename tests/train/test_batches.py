@@ -4,14 +4,11 @@ import itertools
 
 import pytest
 import torch
+from shared import seeded
 from torch import nn
 
 from cpnb.train.batches import Augment, Batches
 from cpnb.train.data import Split
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def specification(augment, images, draws):

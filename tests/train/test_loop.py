@@ -8,6 +8,7 @@ from unittest.mock import Mock, call
 
 import pytest
 import torch
+from shared import seeded
 from torch import nn
 from torch.nn import functional as F
 
@@ -22,10 +23,6 @@ QUIET = {"progress": False}
 DIGITS = load_data("digits")
 SGD = {"optimizer": "sgd", "lr": 0.1}
 CALLS = ["start", "before_forward", "before_step", "after_step", "after_epoch", "stop"]
-
-
-def seeded(seed):
-    return torch.Generator().manual_seed(seed)
 
 
 def pair(n=30, features=6, classes=3, seed=0):
@@ -240,12 +237,13 @@ def test_fit_calls_hooks_around_each_step_and_those_of_the_model_first():
 )
 def test_fit_refuses_before_anything_changes(arguments, error, text):
     model = small_net().eval()
+    model[1].train()
     before, state = weights(model), torch.get_rng_state()
     with pytest.raises(error, match=re.escape(text)):
         fit(model, **{"data": pair(), **arguments})
     assert same(before, weights(model))
     assert torch.equal(state, torch.get_rng_state())
-    assert not any(module.training for module in model.modules())
+    assert [m.training for m in model.modules()] == [False, False, True, False]
 
 
 def test_fit_trains_in_bfloat16_and_evaluates_in_full():

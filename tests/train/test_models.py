@@ -2,28 +2,16 @@
 
 import pytest
 import torch
+from shared import count, randn, seeded
 from torch import nn
 from torch.nn import functional as F
 
-from cpnb.convert import canonicalize, cp_layers, to_dense
 from cpnb.train.models import DigitsNet, LeNet
 from networks import AlexNet, LeNet5, ResNet, SmallConvNet
 
 GREY, COLOUR = (1, 28, 28), (3, 32, 32)
 SIZES = [(DigitsNet, (1, 8, 8)), (LeNet, GREY), (AlexNet, COLOUR), (ResNet, COLOUR)]
 SIZES += [(LeNet5, GREY), (SmallConvNet, COLOUR)]
-
-
-def seeded(seed):
-    return torch.Generator().manual_seed(seed)
-
-
-def parameter_count(model):
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def images_for(shape, **options):
-    return torch.randn(3, *shape, generator=seeded(0), **options)
 
 
 @pytest.mark.parametrize(
@@ -37,15 +25,15 @@ def images_for(shape, **options):
     ],
 )
 def test_network_has_the_parameters_of_the_paper(network, per_layer):
-    layers = [layer for layer in network().children() if parameter_count(layer)]
-    assert [parameter_count(layer) for layer in layers] == per_layer
+    layers = [layer for layer in network().children() if count(layer)]
+    assert [count(layer) for layer in layers] == per_layer
     assert all(type(layer) in (nn.Conv2d, nn.Linear) for layer in layers)
 
 
 # 0.27 and 0.46 million in the paper.
-@pytest.mark.parametrize(("depth", "count"), [(20, 269_722), (32, 464_154)])
-def test_resnet_has_the_parameters_of_the_paper(depth, count):
-    assert parameter_count(ResNet(depth)) == count
+@pytest.mark.parametrize(("depth", "parameters"), [(20, 269_722), (32, 464_154)])
+def test_resnet_has_the_parameters_of_the_paper(depth, parameters):
+    assert count(ResNet(depth)) == parameters
     wide = ResNet(depth, width=2)
     convs = [layer for layer in wide.modules() if isinstance(layer, nn.Conv2d)]
     assert len(convs) + 1 == depth
@@ -55,7 +43,7 @@ def test_resnet_has_the_parameters_of_the_paper(depth, count):
 def test_resnet_shortcut_takes_every_second_pixel_and_appends_channels_of_zeros():
     block = ResNet(8).eval().stage2[0]
     nn.init.zeros_(block.bn2.weight)  # the branch gives nothing
-    hidden = images_for((16, 6, 6)).relu()
+    hidden = randn(3, 16, 6, 6, dtype=torch.float32).relu()
     out = block(hidden)
     assert torch.equal(out[:, :16], hidden[:, :, ::2, ::2])
     assert out.shape == (3, 32, 3, 3)
@@ -79,19 +67,9 @@ def test_generator_gives_the_weights_of_torch_layers_made_in_the_same_order(netw
 
 
 @pytest.mark.parametrize(("network", "shape"), SIZES)
-def test_network_converts_to_cp_form_and_back(network, shape):
-    model, images = network(num_classes=3).eval(), images_for(shape)
-    small = canonicalize(model, rank=2)
-    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-    assert len(cp_layers(small)) == len(layers)
-    dense = to_dense(small)
-    torch.testing.assert_close(dense(images), small(images), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize(("network", "shape"), SIZES)
 def test_network_agrees_in_both_layouts_and_reaches_every_parameter(network, shape):
     model = network(num_classes=7).double().eval()
-    images = images_for(shape, dtype=torch.float64)
+    images = randn(3, *shape)
     scores = model(images)
     last = images.contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(model(last), scores)
@@ -101,6 +79,6 @@ def test_network_agrees_in_both_layouts_and_reaches_every_parameter(network, sha
 
 @pytest.mark.parametrize(("network", "shape"), SIZES[1:3])
 def test_network_drops_units_only_in_training(network, shape):
-    model, images = network(), images_for(shape)
+    model, images = network(), randn(3, *shape, dtype=torch.float32)
     assert not torch.equal(model(images), model(images))
     assert torch.equal(model.eval()(images), model(images))

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from cpnb.layers import CPConv2d
+from cpnb.methods import normalize
 from cpnb.train.optim import make_optimizer, make_schedule, param_groups
 
 SETTINGS = {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.0}
@@ -29,7 +30,9 @@ DECLARED = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
 DECLARED.no_decay, DECLARED.factor_names = ("0",), ("1",)
 CONV = nn.Conv2d(3, 4, 3)
 NORMS = nn.BatchNorm2d(4), nn.GroupNorm(2, 4), nn.LayerNorm((2, 4)), nn.RMSNorm((2, 4))
-WEIGHT_NORM = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3))
+WEIGHT, ONI, CONDITIONED = (
+    normalize(nn.Conv2d(3, 4, 3), name) for name in ("weight", "oni", "conditioned")
+)
 ATTENTION = nn.MultiheadAttention(4, 2, add_bias_kv=True)
 FACTORS = {f"0.factors.{n}" for n in range(4)}
 
@@ -39,11 +42,13 @@ FACTORS = {f"0.factors.{n}" for n in range(4)}
     [
         ((CONV, *NORMS), {"0.weight"}, set()),
         ((ATTENTION,), {"0.in_proj_weight", "0.out_proj.weight"}, set()),
-        ((WEIGHT_NORM,), {"0.parametrizations.weight.original1"}, set()),
+        ((WEIGHT,), {"0.parametrizations.weight.original1"}, set()),
+        ((ONI,), {"0.parametrizations.weight.original"}, set()),
+        ((CONDITIONED,), {"0.parametrizations.weight.original"}, set()),
         ((CPConv2d(3, 4, 3, rank=2), nn.Linear(4, 4)), {"1.weight"}, FACTORS),
         ((DECLARED, nn.Linear(2, 2)), {"1.weight"}, {"0.1.weight"}),
     ],
-    ids=["norms", "attention", "weight norm", "CP", "declared"],
+    ids=["norms", "attention", "weight", "oni", "conditioned", "CP", "declared"],
 )
 def test_param_groups_give_decay_to_kernels_and_factors(layers, kernels, factors):
     model = nn.Sequential(*layers)
@@ -58,10 +63,6 @@ def test_param_groups_leave_out_frozen_and_count_shared_parameters_once():
     decaying, others = param_groups(nn.Sequential(one, two), 0.1)
     assert [*map(id, decaying["params"])] == [id(one.weight)]
     assert [*map(id, others["params"])] == [id(two.bias)]
-
-
-def annealed(start, end, share):
-    return end + (start - end) * (1 + math.cos(math.pi * share)) / 2
 
 
 def rates(name, schedule, steps):
@@ -80,7 +81,7 @@ def rates(name, schedule, steps):
     ("schedule", "expected"),
     [
         (None, [1] * 20),
-        ("cosine", [annealed(1, 0, step / 20) for step in range(20)]),
+        ("cosine", [(1 + math.cos(math.pi * step / 20)) / 2 for step in range(20)]),
         ("step", [1] * 10 + [0.1] * 5 + [0.01] * 5),
     ],
     ids=["constant", "cosine", "step"],
