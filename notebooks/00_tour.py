@@ -116,8 +116,8 @@ plots.plot_images(data.train.images[:20], data.train.labels[:20].tolist())
 plt.show()
 
 # %% [markdown]
-# **What to see:** at 8×8 pixels most digits are clear, and a few would make you
-# hesitate too.
+# **Figure:** the first twenty training images in two rows of ten, each under its label;
+# at 8×8 pixels most digits are clear, and a few would make you hesitate too.
 #
 # `DigitsNet` is a small network of ordinary torch layers. `canonicalize` returns a copy
 # in which every convolution and linear layer is in CP form, here at break-even rank:
@@ -146,8 +146,9 @@ ax.set_title("The CP network learns to read digits within a few epochs")
 plt.show()
 
 # %% [markdown]
-# **What to see:** most is learned in the first few passes; then the curve wobbles by a
-# few of the 359 validation images, and settles.
+# **Figure:** validation accuracy after each of 20 epochs, one curve that starts at
+# 91 %, falls back by more than four points once, and from the eighth epoch on stays
+# above 97 %.
 #
 # Now the test images, for the first and only time. All further choices are made on the
 # validation images.
@@ -175,8 +176,11 @@ ax.set_title("The seven windows of the first layer, each times its λ", pad=16)
 plt.show()
 
 # %% [markdown]
-# **What to see:** every window is a column pattern times a row pattern, so its rows are
-# multiples of one another. The λ do not fall off fast, and that holds for every layer:
+# **Figure:** seven windows of 3×3 entries in a row, each under its λ, the largest about
+# twice the smallest; every window is a column pattern times a row pattern, so its rows
+# are multiples of one another.
+#
+# The λ do not fall off fast, and that holds for every layer:
 
 # %%
 for name, cp in cpnb.cp_layers(net).items():
@@ -209,8 +213,9 @@ ax.set_title("Eight filters spelled with 7, 4 and 1 components (top to bottom)")
 plt.show()
 
 # %% [markdown]
-# **What to see:** with four components the filters are already simplified; with one,
-# all of them are the same window, up to a factor.
+# **Figure:** the same eight filters in three rows, made of 7, 4 and 1 components; with
+# four they are already simplified, with one all of them are the same window, up to a
+# factor.
 #
 # **Predict:** the whole network now, every layer cut to half of its components. Its
 # parameters will halve. What happens to the accuracy: a few points lost, or many?
@@ -260,9 +265,11 @@ fig.suptitle("Accuracy on digits when one layer is cut and the others stay whole
 plt.show()
 
 # %% [markdown]
-# **What to see:** the layers are not alike. `conv2` and `fc1` are nearly flat over the
-# right half of their panels; `conv1` and `fc2` have few components and lose accuracy
-# sooner, `fc2` most of all. The same in numbers, with what each layer weighs:
+# **Figure:** accuracy against rank in four panels, one for each layer; `conv2` and
+# `fc1` are nearly flat over the right half of their panels, and `fc2`, which has only
+# nine components, falls most there.
+#
+# The same in numbers, with what each layer weighs:
 
 # %%
 for name, layer in sweep.layers.items():
@@ -302,6 +309,10 @@ explorer = cpnb.RankExplorer(sweep, net, data)
 explorer
 
 # %% [markdown]
+# **Figure:** accuracy against the number of components that all layers hold together, a
+# curve with steps that climbs from 10 % at 4 to 98 % at all 157, where a large disc
+# marks the ranks that the sliders show.
+#
 # ## 7. Exercises
 #
 # Each one has a stub that runs as it is, a check, and a solution to compare with.
