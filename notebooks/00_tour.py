@@ -225,7 +225,7 @@ half = cpnb.truncate(net, keep=0.5)
 cpnb.truncation_report(net, half, data).round(3)
 
 # %% [markdown]
-# The table counts against the *dense* network, which is the only fair reference.
+# The table counts parameters against the *dense* network, the only fair reference.
 # `relative_error` is that of the kernel, $\lVert W-\hat W\rVert/\lVert W\rVert$: 0 is a
 # perfect copy, 1 is as far off as a kernel of zeros. Without further training, this cut
 # is far too much. What is left is also the doing of the *start*: the power method finds
@@ -282,8 +282,9 @@ for name, layer in sweep.layers.items():
     )
 
 # %% [markdown]
-# The two layers that can be cut hold nearly all of the parameters, and the two that
-# cannot hold nearly none. So cut only `conv2` and `fc1` to half, and leave the others:
+# The two layers that tolerate a cut best hold nearly all of the parameters, and the two
+# with few components hold nearly none. So cut only `conv2` and `fc1` to half, and leave
+# the others:
 
 # %%
 better = cpnb.truncate(net, rank={"conv2": 42, "fc1": 28})
@@ -406,7 +407,8 @@ check_share(smallest_share_solution)
 # - **Training after the cut**, which brings back much of what is lost: `05_truncation`.
 # - **Whether CP form trains better** than plain layers:
 #   `02_canonical_weight_normalization`.
-# - **Speed.** Fewer parameters do not by themselves mean less time.
+# - **Speed.** Fewer parameters do not by themselves mean less time:
+#   `06_from_ranks_to_speed`.
 # - **Writers.** All splits contain digits of all writers, so the test accuracy does not
 #   speak about a new person's handwriting.
 #
@@ -416,6 +418,8 @@ check_share(smallest_share_solution)
 # b_r\circ\dots$ and trains like any other layer. Dropping components makes it smaller
 # at once; the honest price is measured against the dense network, layer by layer, and
 # the explorer shows it for every rank.
+#
+# **Next:** `01_cp_decomposition`: how such a sum is computed, and when that fails.
 #
 # **References.** Veeramacheneni, Wolter, Klein and Garcke, *Canonical convolutional
 # neural networks*, IJCNN 2022, [arXiv:2206.01509](https://arxiv.org/abs/2206.01509).

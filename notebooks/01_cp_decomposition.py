@@ -489,10 +489,10 @@ plt.show()
 # and the ridge stay below it; right, these two lie above the fresh fits.
 #
 # In numbers (the last digit depends on the processor): with all 85 components the power
-# method is the worst fit, 0.27, and `cpnb.als` the best, 0.06. With 42 it is 0.47
-# against 1.01, no better than zeros, and the textbook fits have 1.60 and 3.35: the
-# order that the energy told before the cut. A ridge costs 0.03 at full rank and leaves
-# 0.54 with half.
+# method is the worst fit, 0.27, and `cpnb.als` the best, 0.06. With
+# 42 it is 0.47 against 1.01, no better than zeros, and the textbook fits have 1.60 and
+# 3.35: the order that the energy told before the cut. A ridge costs 0.03 at full rank
+# and leaves 0.54 with half.
 #
 # No cut reaches a fresh fit: the power method has 0.36 against 0.20 with 63 components,
 # 0.47 against 0.37 with 42, 0.62 against 0.56 with 21. A layer in CP form can also be
