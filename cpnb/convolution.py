@@ -207,4 +207,6 @@ def innermost(images: Tensor) -> Tensor:
     """
     if images.ndim != 4:
         return images
+    if images.shape[1] == 1:  # contiguous as it is, whatever stride the channel has
+        return images.contiguous()[:, 0, :, :, None].permute(0, 3, 1, 2)
     return images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cpnb.convolution import innermost
 from cpnb.layers import evaluation_mode
 from cpnb.train.data import Split, standardize
 from cpnb.train.evaluation import check_scores, placement
@@ -80,7 +81,7 @@ class Batches:
         augment: Augment | None,
     ) -> None:
         device, self._dtype = placement(model, train.images)
-        self._images = _innermost(train.images.to(device))
+        self._images = innermost(train.images.to(device))
         self.labels = train.labels.to(device, torch.long)
         self._mean, self._std = (  # on the device once, as every batch needs them
             None if v is None else torch.tensor(v, dtype=torch.float64, device=device)
@@ -102,7 +103,7 @@ class Batches:
             check_scores(scores, 1, int(self.labels.max()) + 1)
             if held_out is not None:
                 images = held_out.to(device).standardized(self._dtype)
-                images = _innermost(images) if self._is_innermost else images
+                images = innermost(images) if self._is_innermost else images
                 self.held_out = Split(images, held_out.labels.to(device))
                 check_scores(model(images[:1]), 1, int(held_out.labels.max()) + 1)
 
@@ -129,11 +130,3 @@ class Batches:
     def _ready(self, images: Tensor) -> Tensor:
         images = images if self._is_innermost else images.contiguous()
         return standardize(images, self._mean, self._std, self._dtype)
-
-
-def _innermost(images: Tensor) -> Tensor:
-    """Copy ``(n, c, h, w)`` with the channels innermost, a single one, too."""
-    if images.ndim != 4:
-        return images
-    moved = images.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format)
-    return moved.permute(0, 3, 1, 2)
