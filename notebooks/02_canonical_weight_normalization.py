@@ -16,7 +16,7 @@
 #
 # **You need** `01_cp_decomposition`, and the chain rule.
 #
-# **Time, measured on two CPU cores:** 4.0 minutes; fast mode 0.8.
+# **Time, measured on two CPU cores:** 2.0 minutes; fast mode 0.5.
 
 # %%
 import copy

@@ -14,7 +14,7 @@
 #
 # **You need** `01_cp_decomposition` and `02_canonical_weight_normalization`.
 #
-# **Time, measured on two CPU cores:** 4.5 minutes; fast mode 0.7.
+# **Time, measured on two CPU cores:** 5.0 minutes; fast mode 0.5.
 
 # %%
 import math

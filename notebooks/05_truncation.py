@@ -15,7 +15,7 @@
 # **You need** `00_tour`; `01_cp_decomposition` explains why the components of an ALS
 # fit cannot be cut.
 #
-# **Time, measured on two CPU cores:** 1.5 minutes; fast mode 0.8.
+# **Time, measured on two CPU cores:** 1.2 minutes; fast mode 0.8.
 
 # %%
 import warnings

@@ -16,7 +16,7 @@
 #
 # **You need** `02_canonical_weight_normalization`, and singular values.
 #
-# **Time, measured on two CPU cores:** 4.8 minutes; fast mode 1.8. The text states what
+# **Time, measured on two CPU cores:** 2.2 minutes; fast mode 0.4. The text states what
 # the full mode printed; another processor may change the last digits.
 
 # %%
