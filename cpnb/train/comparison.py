@@ -144,10 +144,15 @@ class Comparison:
             write_text(path / name, text)
 
     def add(self, runs: list[dict], curves: list[dict], measured: list[dict]) -> None:
-        """Take in rows; their order says nothing of when they were made."""
-        self.runs = self._joined(self.runs, runs)
-        self.curves = self._joined(self.curves, curves)
-        self.measured = self._joined(self.measured, measured)
+        """Take in rows of trainings that are not held yet, in any order."""
+        held = {*self.runs[CELL].itertuples(index=False, name=None)}
+
+        def new(rows: list[dict]) -> list[dict]:
+            return [row for row in rows if _cell(row) not in held]
+
+        self.runs = self._joined(self.runs, new(runs))
+        self.curves = self._joined(self.curves, new(curves))
+        self.measured = self._joined(self.measured, new(measured))
 
     def exchange(self, path: str | Path) -> None:
         """Take in what a folder's record has beyond this one, then write it all there.
@@ -172,12 +177,8 @@ class Comparison:
                     f"{new[name]}. Move it away or choose another folder."
                 )
         self.recipes |= found.recipes
-        held = {*self.runs[CELL].itertuples(index=False, name=None)}
-
-        def new_in(table: pd.DataFrame) -> list[dict]:
-            return [row for row in table.to_dict("records") if _cell(row) not in held]
-
-        self.add(new_in(found.runs), new_in(found.curves), new_in(found.measured))
+        tables = (found.runs, found.curves, found.measured)
+        self.add(*(table.to_dict("records") for table in tables))
 
     def _joined(self, table: pd.DataFrame, rows: list[dict]) -> pd.DataFrame:
         place = {name: number for number, name in enumerate(self.recipes)}

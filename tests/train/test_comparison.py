@@ -476,13 +476,14 @@ def test_paired_difference_pairs_series_by_seed():
     assert found.half == pytest.approx(scale * 0.25)  # deviation 0.3536, over √2
 
 
-def test_two_comparisons_that_write_one_record_lose_nothing(tmp_path):
+@pytest.mark.parametrize("seeds", [(0, 1), (0, 0)], ids=["others", "same"])
+def test_two_comparisons_that_write_one_record_lose_nothing(tmp_path, seeds):
     def run(seed):
-        hook = ONE | {"seeds": [seed], "path": tmp_path}
-        return compare(RECIPES[:1], SMALL, **hook)
+        plan = ONE | {"seeds": [seed], "path": tmp_path}
+        return compare(RECIPES[:1], SMALL, **plan)
 
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(run, (0, 1)))
+        list(pool.map(run, seeds))
     found = Comparison.load(tmp_path)
-    assert sorted(found.runs.seed) == [0, 1]
-    assert len(found.curves) == 2 * SETTINGS["epochs"]
+    assert sorted(found.runs.seed) == sorted({*seeds})
+    assert len(found.curves) == SETTINGS["epochs"] * len({*seeds})
