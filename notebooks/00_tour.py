@@ -91,8 +91,9 @@ print("same kernel, and the same output as torch's convolution with it")
 # %% [markdown]
 # **What does it save?** For each component, a CP layer stores one number for each entry
 # of its vectors, plus its $\lambda_r$. The rank at which it holds as many parameters as
-# the dense kernel is its **break-even rank**. Every rank in this project is read
-# against it, because a CP layer above break-even compresses nothing.
+# the dense kernel is its **break-even rank**, $R_\text{same}$. Every rank $R$ in this
+# project is read against it, as $R/R_\text{same}$: above 1 a CP layer compresses
+# nothing.
 
 # %%
 for rank in (5, 42, 84, 168):

@@ -606,7 +606,8 @@ print(f"unified less power (Kaiming): {gaps['mean']['unified']:+.1f} points")
 #
 # Their claim: Xavier's and Kaiming's rule for each factor usually fail, and the unified
 # one makes training stable, faster and better. We test it with convolutions of 16
-# channels and ranks of 4, as Tucker-2, tensor train, tensor ring and block terms.
+# channels and ranks of 4: Tucker-2 (a core between two matrices), tensor train and ring
+# (a chain of cores, open and closed) and block terms (a sum of Tucker-2).
 
 # %%
 DRAWN = ("unified", "Xavier", "Kaiming")

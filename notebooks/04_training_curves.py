@@ -288,7 +288,8 @@ plt.show()
 # A step costs little more for weight norm, and about a third more for the canonical
 # network.
 #
-# The same as differences to weight norm, the method that CWN extends:
+# The same as differences to weight norm, the method that canonical
+# weight normalization extends:
 
 # %%
 apart = {title: record.against("weight") for title, record in records.items()}

@@ -373,7 +373,8 @@ for plan in ("same share", "by hand"):
 # components at most one point below its own full rank.
 #
 # **Predict:** the whole network is trained in half of the steps only. What does that
-# cost at full rank? And what is left with half of the components?
+# cost at full rank? And what is left with half of the components? (`refit="data"`
+# solves λ for a layer's outputs on training images, not for its kernel.)
 
 # %%
 nested = [trained(seed, hooks=[cpnb.NestedRank()]) for seed in SEEDS]
