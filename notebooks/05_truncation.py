@@ -374,7 +374,7 @@ for plan in ("same share", "by hand"):
 #
 # **Predict:** the whole network is trained in half of the steps only. What does that
 # cost at full rank? And what is left with half of the components? (`refit="data"`
-# solves λ for a layer's outputs on training images, not for its kernel.)
+# solves λ for a layer's outputs.)
 
 # %%
 nested = [trained(seed, hooks=[cpnb.NestedRank()]) for seed in SEEDS]
@@ -672,7 +672,7 @@ print(f"on the test images, looked at once: {cpnb.accuracy(small, data.test):.1%
 # ## What was not shown
 #
 # - **A penalty on λ** (`cpnb.methods.ProximalL1`), in `07_factorized_layers`.
-# - **Time.** Fewer parameters are not yet fewer milliseconds.
+# - **Time**: `06_from_ranks_to_speed`.
 #
 # ## Summary
 #
