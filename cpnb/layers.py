@@ -216,11 +216,8 @@ class CPLayer(FactoredLayer):
         # The factor of the channels last: the product then is laid out channels_last.
         channel = 1 if out > 1 else 0
         factors = [*factors[:channel], *factors[channel + 1 :], factors[channel]]
-        return (
-            rebuild(lam, factors)
-            .view(out, *window, channels)
-            .movedim(len(window) + 1, 1)
-        )
+        kernel = rebuild(lam, factors).view(out, *window, channels)
+        return kernel.movedim(len(window) + 1, 1)
 
     def _takes_chain(self) -> bool:
         mode = self.forward_mode
