@@ -286,7 +286,7 @@ print("the last factor of a sweep is that of torch.linalg.lstsq")
 # No update can raise the error. But where to start? We compare normal random numbers,
 # of either sign, with uniform ones between 0 and 1, TensorLy's random start, and with
 # `cpnb.als`, which starts from a short power method, damps (section 6) and
-# extrapolates.
+# extrapolates (goes on along the last change, where that lowers the error).
 #
 # **Predict:** after 200 sweeps, will the start still matter?
 
@@ -340,7 +340,7 @@ pd.DataFrame({n: course.iloc[:, -1] for n, course in courses.items()}).round(3)
 # **Figure:** relative error against sweeps, three falling curves that do not meet and
 # end at 0.113 (positive start), 0.077 (centred) and 0.041 (`cpnb.als`).
 #
-# In the table the seeds differ far less. The start leaves another trace, one that the
+# Seeds differ far less than starts do. The start leaves another trace, one that the
 # error does not show:
 #
 # ## 5. Why components of ALS cannot be cut like those of the SVD

@@ -434,8 +434,8 @@ torch.testing.assert_close(eigenvalues, torch.tensor([1.0, 10.0, 10.0, 11.0]))
 #   $\partial\ell/\partial a_r$;
 # - the *step gauge*, in which all layers of cpnb start (ours; constants measured on
 #   other networks): columns $c\,|\sigma\lambda|\sqrt{N_{\max}/N_n}$ long in a mode of
-#   size $N_n$, $c=0.7$, and $\sigma$ and $\lambda$ in units that leave each an
-#   eigenvalue of $1/16$.
+#   size $N_n$, $c=0.7$; $\sigma$ is stored as a parameter times a fixed unit, chosen
+#   so that $\sigma$ and $\lambda$ each leave an eigenvalue of $1/16$.
 
 
 # %%

@@ -649,7 +649,7 @@ variance.round(3)
 # %% [markdown]
 # Unified is right in all four, Kaiming on each factor in the ring, by chance.
 #
-# **Predict:** each factor counts eight times in a network of eight such layers. In
+# **Predict:** over eight such layers a wrong variance enters to the eighth power. In
 # which formats does which start fail?
 
 

@@ -349,7 +349,7 @@ plt.show()
 # %% [markdown]
 # **Figure:** test accuracy against the budget, from 10 to 70 % of the dense parameters:
 # the allocated ranks and the plan by hand lie together, above 85 % from a fifth on; the
-# same share everywhere gets there only at 70 %.
+# same share gets there only at 70 %.
 
 # %%
 for plan in ("same share", "by hand"):
@@ -567,8 +567,8 @@ for (name, points), most in zip(aims.items(), (0.3, 1), strict=True):
 #
 # ## 9. The explorer
 #
-# The steps of its curve come from the small layers, which can only lose whole
-# components. Open *Each layer* and move `conv2` and `fc1` first.
+# Its steps come from `conv1` and `fc2`, where a component is a seventh and a ninth of
+# all. Open *Each layer* and move `conv2` and `fc1` first.
 
 # %%
 sweep = cpnb.rank_sweep(nets[0], data, **WAY, progress=False)

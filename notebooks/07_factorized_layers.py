@@ -75,8 +75,8 @@ def look(*names):
 # because $\tfrac12(u^2 + v^2) - |uv| = \tfrac12(|u| - |v|)^2$.
 #
 # **So the least that it can charge for $w$ is $|w|$, not $\tfrac12 w^2$.** The first
-# has the same slope however small $w$ is, the second lets go. For matrices $|w|$
-# becomes the *nuclear norm*, the sum of the singular values:
+# has the same slope however small $w$ is, the second has none at zero. For matrices
+# $|w|$ becomes the *nuclear norm*, the sum of the singular values:
 #
 # $$\tfrac12\big(\|U\|_F^2 + \|V\|_F^2\big) \;\ge\; \|U V^\top\|_* .$$
 
@@ -430,7 +430,7 @@ for form, init in {"low-rank": "spectral", "CP": "unified"}.items():
 # notebook 02).
 #
 # *How fast does decay shrink it?* In units of a dense kernel's decay, decay on the
-# factors takes from both sides: always 2. Frobenius decay takes $(\|U^\top W\|_F^2 +
+# factors takes from both sides, so 2. Frobenius decay takes $(\|U^\top W\|_F^2 +
 # \|W V\|_F^2)/\|W\|_F^2$. (This measure is ours.)
 #
 # **Predict:** which start turns faster, and which does Frobenius decay shrink faster?
@@ -581,7 +581,7 @@ table[["n", "lr", "test", "test_std"]].round(2)
 
 # %% [markdown]
 # Every chosen rate lies inside the range that was tried. Kaiming's start on each factor
-# wants 0.45, the spectral one 0.15, as the effective steps foretold.
+# wants 0.45, the spectral one, whose effective steps are longer, 0.15.
 
 
 # %%
