@@ -23,16 +23,19 @@ import nbformat
 
 HERE = Path(__file__).resolve().parent
 README_FIGURE = HERE.parent / "docs" / "readme.png"
-EXPLORERS = HERE.parent / "docs" / "explorers"  # a page NN.html for the site
+EXPLORERS = HERE.parent / "docs" / "explorers"  # a sweep NN.json for the site
 CELL_TIMEOUT = 900  # seconds
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 WORDS, CELL_LINES, MEDIAN_LINES = 1800, 20, 8  # what a student reads to the end
 PICTURE_TEXT = "**Figure:** "  # the text alternative in the cell below a picture
 PROGRESS = re.compile(r"\d+%\|.*\||\d+it \[\d")  # a line that tqdm drew
-# Runs after the last cell: a widget dies with the kernel, its page goes on.
-PRINT_EXPLORER = """
+# Runs after the last cell: a widget dies with its kernel, the table in it stays.
+PRINT_SWEEP = """
 if hasattr(globals().get("explorer"), "to_html"):
-    print(explorer.to_html(), end="")
+    import pathlib, tempfile
+    file = pathlib.Path(tempfile.mkdtemp(), "sweep.json")
+    sweep.save(file)
+    print(file.read_text("utf-8"), end="")
 """
 METADATA = {
     "kernelspec": {
@@ -197,7 +200,7 @@ def build(script, *, reason):
     refuse(script, new)
     if reason == "code":
         fast = execute(from_script(script), fast=True)
-        new.cells.append(nbformat.v4.new_code_cell(PRINT_EXPLORER))
+        new.cells.append(nbformat.v4.new_code_cell(PRINT_SWEEP))
         full = execute(new, fast=False)
         printed = {output.name: output.text for output in new.cells.pop().outputs}
         tidy(new)
@@ -217,10 +220,10 @@ def build(script, *, reason):
     if figure := readme_figure(new):
         README_FIGURE.write_bytes(figure)
     if reason == "code":
-        page = EXPLORERS / f"{script.name[:2]}.html"
-        page.unlink(missing_ok=True)
+        sweep = EXPLORERS / f"{script.name[:2]}.json"
+        sweep.unlink(missing_ok=True)
         if "stdout" in printed:
-            page.write_text(printed["stdout"], "utf-8")
+            sweep.write_text(printed["stdout"], "utf-8")
     return new
 
 

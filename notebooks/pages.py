@@ -1,8 +1,8 @@
 """The site: README, notebooks and API as pages that open from disk.
 
 ``python notebooks/build.py --site OUT`` writes it. Sphinx reads copies of the committed
-files and executes none; where a notebook shows a rank explorer, the page of that run,
-which `build.py` keeps in ``docs/explorers``, takes the place of its picture.
+files and executes none; where a notebook shows a rank explorer, the page of that run's
+sweep, which `build.py` keeps in ``docs/explorers``, takes the place of its picture.
 """
 
 import html
@@ -70,7 +70,7 @@ def write_sources(folder):
         notebook = nbformat.read(path, as_version=4)
         title = notebook.cells[0].source.splitlines()[0].removeprefix("# ")
         titles.append(f"{path.name[:2]} {title} <notebooks/{path.stem}>")
-        prepare(notebook, DOCS / "explorers" / f"{path.name[:2]}.html")
+        prepare(notebook, DOCS / "explorers" / f"{path.name[:2]}.json")
         nbformat.write(notebook, folder / "notebooks" / path.name)
     for name in (TOP, *MODULES):
         (folder / "api" / f"{name}.rst").write_text(module_page(name), "utf-8")
@@ -84,19 +84,19 @@ def write_sources(folder):
     (folder / "README.md").write_text(readme + "".join(contents), "utf-8")
 
 
-def prepare(notebook, explorer):
+def prepare(notebook, sweep):
     """Fold solutions, say where pictures are described, and put sliders in.
 
     Args:
         notebook: Notebook node, changed in place.
-        explorer: Path of the page that ``RankExplorer.to_html`` wrote, if there is one.
+        sweep: Path of what ``RankSweep.save`` wrote for its explorer, if it has one.
     """
     for cell in notebook.cells:
         if cell.metadata.get("jupyter", {}).get("source_hidden"):
             cell.metadata.tags = [*cell.metadata.get("tags", []), "hide-input"]
         cell.metadata["mystnb"] = {"image": {"alt": "Figure, described in the text"}}
-    if explorer.exists():
-        page = explorer.read_text("utf-8")
+    if sweep.exists():
+        page = cpnb.RankSweep.load(sweep).to_html()
         title = re.search("<title>(.*?)</title>", page)[1]
         frame = (
             f'<iframe class="explorer" title="Rank explorer: {title}" '

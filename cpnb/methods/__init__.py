@@ -10,7 +10,6 @@ from cpnb.methods.factorized import (
     factorize,
     first_and_last,
     frobenius_decay,
-    nonzero_ranks,
 )
 from cpnb.methods.normalizers import NORMALIZERS, normalize, remove_normalizer
 from cpnb.methods.ranks import NestedRank, fit_rank, ranks_for
@@ -21,6 +20,6 @@ __all__ = [
     "FORMATS", "NORMALIZERS", "Degeneracy", "FrobeniusDecay", "LowRankConv2d",
     "LowRankLinear", "NestedRank", "ProximalL1", "Rescaling", "TensorFormat",
     "degeneracy", "factor_norms", "factorize", "first_and_last",
-    "fit_rank", "frobenius_decay", "nonzero_ranks", "normalize", "ranks_for",
+    "fit_rank", "frobenius_decay", "normalize", "ranks_for",
     "remove_normalizer", "rescale_", "unified_variance",
 ]  # fmt: skip

@@ -430,7 +430,7 @@ class ProximalL1:
 
     After each optimizer step |σλ| falls by ``lr · μ``, whatever the units of σ and λ,
     and stays at zero when it arrives (soft thresholding). The zeros are exact:
-    ``truncate(model, rank=nonzero_ranks(model))`` does not change the output.
+    a truncation to the other components does not change the output.
 
     Source: Parikh & Boyd 2014, Proximal Algorithms, doi:10.1561/2400000003.
     """
@@ -446,12 +446,6 @@ class ProximalL1:
                 threshold = rates[layer.lam] * self.mu / layer.sigma.abs()
                 shrunk = (layer.lam.abs() - threshold).clamp_min(0)
                 layer.lam.copy_(shrunk * layer.lam.sign())
-
-
-def nonzero_ranks(model: nn.Module) -> dict[str, int]:
-    """Components of each CP layer whose λ is not zero, at least 1, for `truncate`."""
-    layers = cp_layers(model).items()
-    return {name: max(1, int(layer.lam.count_nonzero())) for name, layer in layers}
 
 
 def factored_layers(model: nn.Module) -> dict[str, FactoredLayer]:
