@@ -219,13 +219,18 @@ EXPERIMENTS = {
     ),
     "truncation-mnist-lenet-paper-cpu": Experiment(
         "As before, canonical at the authors' ranks, cut to 100…5 % of its components "
-        "without fine-tuning: their power start, the unified one, nested training, "
-        "3 seeds",
+        "without fine-tuning: their power start, the unified one, nested training; the "
+        "power start at the parameters of dense, and for 2 and 50 epochs; 3 seeds",
         partial(first_images, "mnist"),
-        [Recipe(name, "LeNet", "started", LENET | {"init": init}, hooks, PAPER)
-         for name, init, hooks in (("power", "power", []),
-                                   ("power-nested", "power", ["NestedRank"]),
-                                   ("unified", "unified", []))],
+        [Recipe(name, "LeNet", "started", {"rank": rank, "init": init}, hooks,
+                PAPER | {"epochs": epochs})
+         for name, init, rank, hooks, epochs in (
+             ("power", "power", RANKS, [], 10),
+             ("power-nested", "power", RANKS, ["NestedRank"], 10),
+             ("unified", "unified", RANKS, [], 10),
+             ("power-same-ranks", "power", "same", [], 10),
+             ("power-2-epochs", "power", RANKS, [], 2),
+             ("power-50-epochs", "power", RANKS, [], 50))],
         (1e-3,), seeds=range(3), measure=dict(name="truncation_curve", epochs=0),
     ),
     "initialization-mnist": Experiment(
