@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
+from cpnb.convert import cp_layers
 from cpnb.cp import relative_error
 from cpnb.layers import CPLayer, FactoredLayer
 
@@ -194,6 +195,8 @@ class Rescaling:
             fan = parameter[0].numel() if parameter.ndim > 1 else 2
             drawn = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(drawn * math.sqrt(2 / fan))
+        for layer in cp_layers(twin).values():  # the units of σ and λ make it tiny
+            layer.unit.mul_(math.sqrt(2 * len(layer.weight)) / layer.weight.norm())
         images = self.images[:16].to(next(twin.parameters()))
         scores = twin(images)
         drawn = torch.rand(len(torch.bincount(self._rows)), generator=generator)

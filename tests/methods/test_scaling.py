@@ -323,6 +323,10 @@ CALLED_TWICE = nn.Sequential(nn.Linear(4, 4), *[nn.ReLU(), nn.Linear(4, 4)] * 2)
 TIED = mlp(4, 4, 4, 4)
 TIED[2].weight = TIED[0].weight
 CP = nn.Sequential(cpnb.CPLinear(4, 4), cpnb.CPLinear(4, 4))
+# The small units of σ hid from the check that the scores change.
+LOW = mlp(4, 128, 128, 3)
+LOW[1] = nn.GELU()
+LOW = cpnb.canonicalize(LOW, rank=2, init="unified")
 
 
 @pytest.mark.parametrize(
@@ -333,6 +337,7 @@ CP = nn.Sequential(cpnb.CPLinear(4, 4), cpnb.CPLinear(4, 4))
         (TIED, "with weights of their own"),
         (cpnb.normalize(mlp(4, 4, 4), "weight"), "'0' is normalised.*remove_norm"),
         (cpnb.normalize(CP, "conditioned"), "'0' is normalised"),
+        (LOW, "when the outputs of 0 are"),
     ],
 )
 def test_rescale_refuses_models_without_the_symmetry(model, message):
