@@ -345,7 +345,7 @@ class FrobeniusDecay:
     """Training hook: Frobenius decay of factorized layers instead of ordinary decay.
 
     Before each step the gradient of `frobenius_decay` is added to that of the factors,
-    λ and σ, and the weight decay that the optimizer is about to add is taken off.
+    λ and σ, and the weight decay that the optimizer is about to do is taken off.
 
     Attributes:
         mu: Strength μ; None takes over the optimizer's weight decay.
@@ -359,8 +359,8 @@ class FrobeniusDecay:
     def before_step(self, model: nn.Module, optimizer: Optimizer, step: int) -> None:
         """Add the gradient; parameters without one, as frozen ones, are left alone."""
         groups = optimizer.param_groups
-        own = {p: group["weight_decay"] for group in groups for p in group["params"]}
-        decays = set(own.values()) - {0}
+        own = {p: group for group in groups for p in group["params"]}
+        decays = {group["weight_decay"] for group in own.values()} - {0}
         if self.mu is None and len(decays) != 1:
             raise ValueError(
                 f"mu is None and the optimizer has the weight decays {sorted(decays)}, "
@@ -372,7 +372,11 @@ class FrobeniusDecay:
                 total: Any = factor.grad
                 if self.scale or factor is not getattr(layer, "scale", None):
                     total.add_(gradient, alpha=mu)
-                total.sub_(factor.detach(), alpha=own.get(factor, 0.0))
+                group = own.get(factor, {"weight_decay": 0.0})
+                if group.get("decoupled_weight_decay"):  # AdamW: p ← (1 - lr·decay) p
+                    factor.data /= 1 - group["lr"] * group["weight_decay"]
+                else:
+                    total.sub_(factor.detach(), alpha=group["weight_decay"])
 
 
 def _gradients(layer: Any) -> list[tuple[Tensor, Tensor]]:

@@ -251,7 +251,7 @@ def net():
     return factorize(dense, rank=4, generator=seeded(1))
 
 
-@pytest.mark.parametrize("kind", ["SGD", "Adam"])
+@pytest.mark.parametrize("kind", ["SGD", "Adam", "AdamW"])
 @pytest.mark.parametrize("mu", [None, 0.05])
 def test_frobenius_hook_trains_as_the_loss_term_with_decay_on_the_rest(kind, mu):
     """The optimizer decays everything; the hook takes the factors out of that."""
