@@ -9,6 +9,7 @@ import functools
 import types
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -148,7 +149,7 @@ def canonicalize(
             "convert. Check the model and skip."
         )
     ranks = named_ranks(rank, layers)
-    if isinstance(rank, int):  # one number for all: small layers cannot use as many
+    if isinstance(rank, Integral):  # small layers cannot use as many as others
         bounds = {n: exact_rank(layer.weight.shape) for n, layer in layers.items()}
         clipped = {n: bound for n, bound in bounds.items() if rank > 2 * bound}
         ranks |= clipped
@@ -158,8 +159,13 @@ def canonicalize(
                 f"{clipped}, at which every kernel is exact.",
                 stacklevel=2,
             )
-    bar = tqdm(layers.items(), "fitting kernels", disable=not progress, delay=2)
-    new = {n: _in_cp_form(one, ranks[n], init, generator) for n, one in bar}
+    new = {}
+    for name in tqdm(layers, "fitting kernels", disable=not progress, delay=2):
+        try:
+            new[name] = _in_cp_form(layers[name], ranks[name], init, generator)
+        except (ValueError, ArithmeticError) as error:
+            error.add_note(f"This is about layer {name!r}.")
+            raise
     _tell_loss(layers, new)
     return replace_layers(model, new)
 
@@ -171,7 +177,7 @@ def _tell_loss(layers: Mapping[str, Any], fitted: Mapping[str, CPLayer]) -> None
         old, new = (x.weight.detach().double().flatten() for x in (layer, fitted[name]))
         if fitted[name].init in FITS and old.any():
             total[name] = old.square().sum().item()
-            kept[name] = (old @ new).square().item() / new.square().sum().item()
+            kept[name] = (old @ new).square().item() / (new.square().sum().item() or 1)
     share = sum(kept.values()) / (sum(total.values()) or 1)
     if kept and share < 1 - LOSS:
         worst = min(kept, key=lambda name: kept[name] / total[name])
@@ -273,8 +279,8 @@ def replace_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Modu
                 )
             if _holds_module(value):
                 raise TypeError(
-                    f"attribute {name!r} of module {owner!r} is a function that holds "
-                    "a module: a copy of the model would still compute with this "
+                    f"attribute {name!r} of module {owner!r} is or has a function that "
+                    "holds a module: a copy of the model would still compute with this "
                     "one's layers. Make the module an attribute and call that."
                 )
     replaced = {name: model.get_submodule(name) for name in layers}
@@ -284,9 +290,11 @@ def replace_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Modu
 
 
 def _holds_module(value: Any, seen: tuple[Any, ...] = ()) -> bool:
-    """Whether a function, also in a list or within another, keeps a module."""
+    """Whether a function, also in a list, a dict or another, keeps a module."""
     if isinstance(value, functools.partial):
         value = value.func
+    if isinstance(value, Mapping):
+        value = list(value.values())
     if isinstance(value, list | tuple):
         return any(_holds_module(one, seen) for one in value)
     if not isinstance(value, types.FunctionType) or value in seen:
@@ -306,13 +314,13 @@ def skip_rule(model: nn.Module, skip: Skip) -> Callable[[str, nn.Module], bool]:
         return skip
     names = {skip} if isinstance(skip, str) else set(skip)
     kinds = (*_RELATED, FactoredLayer)
-    modules = model.named_modules(remove_duplicate=False)
-    known = {name for name, layer in modules if isinstance(layer, kinds)}
-    if names - known:
-        raise ValueError(
-            f"skip names {sorted(names - known)}, expected some of {sorted(known)}."
-        )
-    return lambda name, layer: name in names
+    modules = model.named_modules(remove_duplicate=False)  # a layer with two names
+    known = {name: layer for name, layer in modules if isinstance(layer, kinds)}
+    if names - known.keys():
+        unknown = sorted(names - known.keys())
+        raise ValueError(f"skip names {unknown}, expected some of {sorted(known)}.")
+    skipped = {known[name] for name in names}
+    return lambda name, layer: layer in skipped
 
 
 def named_ranks(rank: Ranks, names: Iterable[str]) -> dict[str, Rank]:
@@ -331,12 +339,7 @@ def named_ranks(rank: Ranks, names: Iterable[str]) -> dict[str, Rank]:
 
 def refusal(layer: Any, kinds: Iterable[type]) -> str | None:
     """Why a layer cannot be converted exactly, or None if it can."""
-    if nn.utils.parametrize.is_parametrized(layer):
-        return (
-            "it is parametrized; call cpnb.methods.remove_normalizer first, which "
-            "gives the same function with stock layers"
-        )
-    if type(layer) not in kinds:
+    if type(layer) not in kinds and not nn.utils.parametrize.is_parametrized(layer):
         names = ", ".join(kind.__name__ for kind in kinds)
         return f"expected exactly one of {names}, and no subclass"
     return lost_state(layer)
@@ -344,14 +347,12 @@ def refusal(layer: Any, kinds: Iterable[type]) -> str | None:
 
 def lost_state(layer: Any) -> str | None:
     """What a layer holds that its constructor did not put there, or None."""
-    hooks = (
-        layer._forward_hooks,
-        layer._forward_pre_hooks,
-        layer._backward_hooks,
-        layer._backward_pre_hooks,
-        *(parameter._backward_hooks for parameter in layer.parameters()),
-    )
-    if any(hooks):
+    if any(map(nn.utils.parametrize.is_parametrized, layer.modules())):
+        return (
+            "it is parametrized; call cpnb.methods.remove_normalizer first, which "
+            "computes the same (with keep_cp=True it leaves CP layers as such)"
+        )
+    if has_hooks(layer):
         return "it has hooks, which would be lost; remove them first"
     if isinstance(layer, FactoredLayer):
         plain = type(layer)(*layer.arguments(layer), rank=1, device="meta")
@@ -363,6 +364,18 @@ def lost_state(layer: Any) -> str | None:
         own = ", ".join(sorted(held - known))
         return f"it has attributes of its own, {own}, which would be lost"
     return None
+
+
+def has_hooks(layer: nn.Module) -> bool:
+    """Whether a layer or one of its parameters has hooks."""
+    hooks = (
+        layer._forward_hooks,
+        layer._forward_pre_hooks,
+        layer._backward_hooks,
+        layer._backward_pre_hooks,
+        *(parameter._backward_hooks for parameter in layer.parameters()),
+    )
+    return any(hooks)
 
 
 def _refuse_tied(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:

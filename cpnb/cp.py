@@ -164,7 +164,8 @@ def canonical_gauge(lam: Tensor, factors: Sequence[Tensor]) -> CPForm:
 
     Unit columns; λ ≥ 0, in descending order; in every mode but the first the entry of
     largest magnitude is positive, and what remains of the sign sits in mode 0. Two CP
-    forms that differ by order, scale or sign of their components become equal.
+    forms that differ by scale, sign or (with distinct |λ|) order of their components
+    become equal.
 
     Args:
         lam: Component weights, any sign. Shape ``(rank,)``.

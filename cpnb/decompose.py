@@ -6,7 +6,7 @@ Works on the kernel's device, in float64 inside, for any order.
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -36,17 +36,13 @@ class CPResult:
     Attributes:
         lam: Component weights. Shape ``(rank,)``.
         factors: Unit-column factor matrices, one per mode. Shapes ``(size_n, rank)``.
-        method: Name of the function.
         relative_error: ``‖W − Ŵ‖_F / ‖W‖_F``.
-        iterations: Sweeps done; for the greedy method over all components.
         seconds: Wall-clock time.
     """
 
     lam: Tensor
     factors: list[Tensor]
-    method: str
     relative_error: float
-    iterations: int
     seconds: float
 
 
@@ -89,16 +85,14 @@ def power_method(
     if kernel.ndim == 2:
         left, values, right = torch.linalg.svd(work, full_matrices=False)
         lam, factors = values[:rank], [left[:, :rank], right.T[:, :rank]]
-        iterations = 1
     else:
         lam, factors = _greedy_terms(work, rank, restarts, sweeps, generator)
-        iterations = sweeps * lam.numel()
     missing = rank - lam.numel()
     if missing:
         lam = torch.cat([lam, lam.new_zeros(missing)])
         extra = [random_units(n, missing, generator, work) for n in kernel.shape]
         factors = [torch.cat(pair, 1) for pair in zip(factors, extra, strict=True)]
-    return decomposed("power_method", kernel, lam, factors, iterations, began)
+    return decomposed(kernel, lam, factors, began)
 
 
 def als(
@@ -144,23 +138,20 @@ def als(
     """
     _check_kernel(kernel)
     rank = resolve_rank(rank, kernel.shape, kernel)
-    began = time.perf_counter()
     if kernel.ndim == 2:  # a matrix's best fit is its SVD
-        fit = power_method(kernel, rank, generator=generator)
-        return replace(fit, method="als")
+        return power_method(kernel, rank, generator=generator)
+    began = time.perf_counter()
     norm = kernel.detach().double().norm()
     unit = kernel.detach().double() / norm
     factors = _start(start, unit, rank, generator)
     for strength in (ridge, *(max(ridge, 1e-8) * 100**n for n in (1, 2, 3))):
-        fitted, done = _descend(
-            unit, factors, sweeps, damping, strength, tol, extrapolate
-        )
+        fitted = _descend(unit, factors, sweeps, damping, strength, tol, extrapolate)
         units, norms = normalize_columns(fitted)
         lam = norms.prod(0) * norm
         if lam.isfinite().all():
             order = lam.argsort(descending=True)
             units = [u[:, order] for u in units]
-            return decomposed("als", kernel, lam[order], units, done, began)
+            return decomposed(kernel, lam[order], units, began)
     raise ArithmeticError(
         f"ALS ended in NaN or infinity at rank {rank} for a kernel of shape "
         f"{tuple(kernel.shape)}, also with ridge {strength:g}. Lower the rank or use "
@@ -175,6 +166,8 @@ def _check_kernel(kernel: Tensor) -> None:
             "least two modes and something to decompose. For a random start take "
             "cpnb.initializers.unified."
         )
+    if not kernel.is_floating_point():  # the result has its dtype
+        raise ValueError(f"kernel is {kernel.dtype}, expected real floating point.")
     if not kernel.isfinite().all():
         bad = int((~kernel.isfinite()).sum())
         raise ValueError(
@@ -195,12 +188,7 @@ def random_units(
 
 
 def decomposed(
-    method: str,
-    kernel: Tensor,
-    lam: Tensor,
-    factors: Sequence[Tensor],
-    iterations: int,
-    began: float,
+    kernel: Tensor, lam: Tensor, factors: Sequence[Tensor], began: float
 ) -> CPResult:
     """Wrap float64 terms as a `CPResult` in the kernel's dtype."""
     error = relative_error(kernel.detach().double(), rebuild(lam, factors))
@@ -208,9 +196,7 @@ def decomposed(
     return CPResult(
         lam=lam.to(dtype),
         factors=[f.to(dtype).contiguous() for f in factors],
-        method=method,
         relative_error=error.item(),
-        iterations=iterations,
         seconds=time.perf_counter() - began,
     )
 
@@ -267,6 +253,8 @@ def _rank_one(
 def _start(
     start: str, unit: Tensor, rank: int, generator: torch.Generator | None
 ) -> list[Tensor]:
+    if start not in ("greedy", "random"):
+        raise ValueError(f"start is {start!r}, expected 'greedy' or 'random'.")
     if start == "greedy":
         greedy = power_method(unit, rank, restarts=4, sweeps=4, generator=generator)
         # Components without weight would stay at zero for ever: start them small.
@@ -284,8 +272,8 @@ def _descend(
     ridge: float,
     tol: float,
     extrapolate: bool,
-) -> tuple[list[Tensor], int]:
-    """Sweep over a kernel of unit norm; the best factors met (or NaN), and the sweeps.
+) -> list[Tensor]:
+    """Sweep over a kernel of unit norm; the best factors met, or NaN.
 
     Each new factor is pushed ``momentum`` times its own change further. When that
     raises the goal, the plain factors are taken instead, with less momentum from then.
@@ -294,10 +282,8 @@ def _descend(
     momentum = 0.5
     ceiling = square = 1.0
     least = previous = math.inf
-    done = 0
     restart = True
-    while done < sweeps:
-        done += 1
+    for _ in range(sweeps):
         if restart:
             # Norms weigh alike on every mode only if the modes' norms are alike.
             units, norms = normalize_columns(plain)
@@ -309,7 +295,7 @@ def _descend(
         )
         goal = (square * (1 + damping * size) + ridge * size) ** 0.5
         if math.isnan(goal):
-            return plain, done
+            return plain
         if goal < least:
             least = goal
             best = [*pushed[:-1], plain[-1]]
@@ -324,7 +310,7 @@ def _descend(
         else:
             momentum = min(ceiling, 1.05 * momentum)
             ceiling = min(1.0, 1.01 * ceiling)
-    return best, done
+    return best
 
 
 def _sweep(

@@ -58,7 +58,7 @@ def unified(
     factors = [random_units(n, rank, generator, like) for n in shape if n > 1]
     # For O = I = 1 the kernel is Σ ±λ: the sign is all the randomness there is.
     signs = 1 if factors else random_units(1, rank, generator, like)[0]
-    channels = shape[0] if mode == "fan_in" else shape[1] * groups
+    channels = {"fan_in": shape[0], "fan_out": shape[1] * groups}[mode]
     lam = like.new_full((rank,), math.sqrt(channels / (PHI[nonlinearity] * rank)))
     return lam * signs, factors
 

@@ -183,7 +183,7 @@ class CPLayer(FactoredLayer):
     ) -> tuple[Tensor, list[Tensor]]:
         """λ with σ folded in and the unit-column factors, of modes of size > 1.
 
-        Computed in and returned as ``dtype``, by default that of the parameters.
+        Returned as ``dtype``, by default that of the parameters, in which σλ is formed.
         """
         factors = [factor.to(dtype) for factor in self.factors]
         units = normalize_columns(factors)[0] if factors else []
@@ -195,9 +195,8 @@ class CPLayer(FactoredLayer):
 
         The parameters stay the same objects, so that an optimizer keeps them.
         """
-        self.lam.data = self.lam.data.new_empty(rank)
-        for factor in self.factors:
-            factor.data = factor.data.new_empty(len(factor), rank)
+        for one in (self.lam, *self.factors):
+            one.data, one.grad = one.data.new_empty(*one.shape[:-1], rank), None
 
     def _terms(self) -> CPForm:
         """λ with σ and the norms it must carry, and factors; active components only."""

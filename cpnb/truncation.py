@@ -47,7 +47,8 @@ def truncate(
         model: A CP layer or a module that holds some.
         rank: Components to keep, said in any way that `cpnb.canonicalize` takes, for
             every layer (one that holds fewer keeps what it has), or a mapping from
-            layer names (others stay whole), as `cpnb.methods.ranks_for` makes.
+            layer names (others stay whole), as `cpnb.methods.ranks_for` makes. A
+            function such as ``fit_rank(0.1)`` says what a fresh fit would need.
         keep: Instead of ``rank``, the fraction of each layer's present components, in
             (0, 1]; ``⌊fraction · rank⌋``, at least one.
         key: What orders the components: a name in `KEYS`.
@@ -121,19 +122,9 @@ def kept_rank(rank: int, keep: float) -> int:
     return max(1, int(rank * keep + 1e-9))  # 0.7 · 10 is below 7 in floating point
 
 
-@torch.no_grad()
-def select_components(
-    layer: CPLayer, index: Tensor | Sequence[int], *, refit: bool = False
-) -> CPLayer:
-    """Copy a CP layer with the components of an index only, in their present order.
-
-    ``refit`` re-solves λ by least squares on the kernel, ``Γ_SS λ' = Γ_S: λ``.
-    """
-    places = torch.as_tensor(index, device=layer.lam.device).unique()
-    if not refit or len(places) == layer.rank:
-        return _keep(layer, places)
-    lam, units = _finite_components(layer)
-    return _keep(layer, places, _refit(lam, _unit_gram(lam, units), places))
+def select_components(layer: CPLayer, index: Tensor | Sequence[int]) -> CPLayer:
+    """Copy a CP layer with the components of an index only, in their present order."""
+    return _keep(layer, torch.as_tensor(index, device=layer.lam.device).unique())
 
 
 class RankedLayer:
@@ -204,9 +195,6 @@ def ranked_layers(
     layers = {name: cp_layers(model)[name] for name in names}
     for name, layer in layers.items():
         reason = lost_state(layer)
-        if any(map(nn.utils.parametrize.is_parametrized, layer.modules())):
-            reason = "its parameters are parametrized, call cpnb.methods."
-            reason += "remove_normalizer(model, keep_cp=True) first"
         if reason:
             raise TypeError(f"layer {name!r} is a {type(layer).__name__}: {reason}.")
     if key not in KEYS:
@@ -244,7 +232,13 @@ class _Look:
         from tqdm import tqdm
 
         split = getattr(self.data, "train", self.data)
-        images, labels = split
+        parts = () if isinstance(split, Tensor) else tuple(split)
+        if len(parts) != 2 or not all(isinstance(part, Tensor) for part in parts):
+            raise TypeError(
+                f"data is a {type(self.data).__name__}, expected a data set, one of "
+                "its splits, or a pair (images, labels) of tensors."
+            )
+        images, labels = parts
         if hasattr(split, "standardized"):
             images = split.standardized()
         if split is not self.data and len(labels) > IMAGES:
@@ -257,11 +251,6 @@ class _Look:
         for some, classes in tqdm(pairs, title, disable=not self.progress, delay=2):
             some = some.to(like if some.is_floating_point() else like.device)
             yield some, classes.to(like.device, torch.long), len(labels)
-
-    def lams(self) -> dict[str, Tensor]:
-        """λ of each layer, without a graph, by its name among the parameters."""
-        items = self.layers.items()
-        return {f"{n}.lam".lstrip("."): layer.lam.detach() for n, layer in items}
 
 
 def _by_size(look: _Look) -> dict[str, Tensor]:
@@ -302,7 +291,10 @@ def _by_draw(look: _Look) -> dict[str, Tensor]:
 
 
 def _by_gradient(look: _Look) -> dict[str, Tensor]:
-    lams = {name: lam.requires_grad_() for name, lam in look.lams().items()}
+    lams = {
+        f"{name}.lam".lstrip("."): layer.lam.detach().requires_grad_()
+        for name, layer in look.layers.items()
+    }
     slopes = {name: torch.zeros_like(lam) for name, lam in lams.items()}
     with evaluation_mode(look.model), torch.enable_grad():
         for images, labels, count in look.batches("gradients"):

@@ -44,8 +44,6 @@ def test_decomposition_reports_its_error_and_has_unit_columns(method, shape):
     assert (result.lam >= 0).all()
     for factor in result.factors:
         assert_close(factor.norm(dim=0), torch.ones(5, dtype=torch.float64))
-    assert result.method == method.__name__
-    assert result.iterations >= 1
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -164,9 +162,10 @@ def test_als_says_what_to_do_when_every_retry_fails(monkeypatch):
         (torch.ones(5), 2, r"kernel of shape \(5,\) is a vector or zero, expected at"),
         (torch.ones(0, 3, 2), 2, r"kernel of shape \(0, 3, 2\)"),
         (torch.ones(4, 3) * math.nan, 2, "kernel has 12 NaN or infinite entries out"),
+        (torch.arange(24).view(2, 3, 4), 2, "kernel is torch.int64, expected real"),
         (torch.ones(4, 3, 2), 0, "rank is 0"),
     ],
-    ids=["zero", "vector", "empty", "nan", "rank"],
+    ids=["zero", "vector", "empty", "nan", "integers", "rank"],
 )
 def test_decompositions_refuse_bad_input_with_a_clear_error(method, kernel, rank, text):
     with pytest.raises(ValueError, match=text):

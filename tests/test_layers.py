@@ -361,6 +361,7 @@ def test_state_dict_of_another_rank_is_adopted_by_the_same_parameters(rank, opti
     source, target = (nn.Sequential(CPConv2d(3, 4, 3, rank=r)) for r in (5, rank))
     before = list(target.parameters())
     steps = optimizer(target.parameters(), lr=0.1)
+    target(torch.randn(2, 3, 6, 6)).sum().backward()  # gradients of another shape
     target.load_state_dict(source.state_dict())
     assert target[0].rank == 5
     assert torch.equal(target[0].weight, source[0].weight)

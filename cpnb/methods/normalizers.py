@@ -17,6 +17,7 @@ from cpnb.convert import (
     CP_KINDS,
     Skip,
     canonicalize,
+    has_hooks,
     layers_to_convert,
     replace_layers,
     skip_rule,
@@ -71,7 +72,7 @@ def normalize(
 def remove_normalizer(model: nn.Module, *, keep_cp: bool = False) -> nn.Module:
     """Copy a model with stock layers in the place of reparametrised ones.
 
-    It computes the same function.
+    It computes the same function; hooks of a reparametrised layer are refused.
 
     Args:
         model: Any module, also one without a normalizer.
@@ -83,7 +84,7 @@ def remove_normalizer(model: nn.Module, *, keep_cp: bool = False) -> nn.Module:
     """
     layers = {}
     for name, layer in model.named_modules():
-        plain = _without_parametrizations(layer)
+        plain = _without_parametrizations(name, layer)
         if isinstance(layer, CPLayer) and not keep_cp:
             plain = to_dense(plain)
         if plain is not layer:
@@ -95,12 +96,17 @@ def remove_normalizer(model: nn.Module, *, keep_cp: bool = False) -> nn.Module:
 
 
 @torch.no_grad()
-def _without_parametrizations(layer: Any) -> Any:
+def _without_parametrizations(name: str, layer: Any) -> Any:
     """A plain layer that holds the tensors that were computed, or the layer itself."""
     kind: Any = parametrize.type_before_parametrizations(layer)
     canonical = issubclass(kind, CPLayer)
     if kind is type(layer) or not (canonical or kind in CP_KINDS):
         return layer
+    if has_hooks(layer) or "forward" in vars(layer):
+        raise TypeError(
+            f"layer {name!r} is a {kind.__name__} with hooks or a forward of its own, "
+            "which would be lost. Remove them first."
+        )
     # Not remove_parametrizations: it takes the property off the class, which copies of
     # a layer share, and so would break the others.
     like = next(layer.parameters())
@@ -123,11 +129,12 @@ def _without_parametrizations(layer: Any) -> Any:
     if canonical:  # in a conditioned layer σ is the gain, and not trained
         new.unit.copy_(layer.unit)
         new.scale.requires_grad_(new.lam.requires_grad)
+        new.init = layer.init
     return new.train(layer.training)
 
 
 def _per_layer(
-    normalise: Callable[..., nn.Module | None],
+    normalise: Callable[..., Any],
     *,
     factored: type[nn.Module] | tuple[()] = (),
     output: bool = True,
@@ -164,9 +171,9 @@ def _per_layer(
                 f"model is a {type(model).__name__} with no convolution or linear "
                 "layer to normalise. Check the model and skip."
             )
-        for name in [name for name in weighted if name in chosen]:  # draws in order
+        for name in chosen:
             layer = copy.deepcopy(chosen[name])
-            chosen[name] = normalise(layer, generator, **options) or layer
+            chosen[name] = normalise(layer, **options) or layer
         return replace_layers(model, chosen)
 
     return function
@@ -175,7 +182,7 @@ def _per_layer(
 def _batch(
     model: nn.Module, skip: Skip, generator: torch.Generator | None
 ) -> nn.Module:
-    def followed(layer: Any, generator: torch.Generator | None) -> nn.Module:
+    def followed(layer: Any) -> nn.Module:
         norm = _BATCH_NORMS[max(1, len(layer.weight.shape) - 2)](len(layer.weight))
         norm = norm.to(next(layer.parameters()))
         return nn.Sequential(layer, norm).train(layer.training)
@@ -184,10 +191,6 @@ def _batch(
         return replace_layers(model, {})
     behind_layers = _per_layer(followed, factored=FactoredLayer, output=False)
     return behind_layers(model, skip, generator)
-
-
-def _weight(layer: Any, generator: torch.Generator | None) -> None:
-    parametrizations.weight_norm(layer, dim=0)
 
 
 def orthogonalized(matrix: Tensor, iterations: int) -> Tensor:
@@ -216,12 +219,7 @@ def orthogonalized(matrix: Tensor, iterations: int) -> Tensor:
     return flat.mT if tall else flat
 
 
-def _oni(
-    layer: Any,
-    generator: torch.Generator | None,
-    iterations: int = 5,
-    gain: float = RELU_GAIN,
-) -> None:
+def _oni(layer: Any, iterations: int = 5, gain: float = RELU_GAIN) -> None:
     reparametrize_(layer, gain, partial(orthogonalized, iterations=iterations))
 
 
@@ -246,16 +244,6 @@ def _scaling(
     return new
 
 
-def _conditioned(layer: Any, generator: torch.Generator | None, **options: Any) -> None:
-    condition_(layer, **options)
-
-
-def _canonical(
-    model: nn.Module, skip: Skip, generator: torch.Generator | None, **options: Any
-) -> nn.Module:
-    return canonicalize(model, skip=skip, generator=generator, **options)
-
-
 # Called as ``function(model, skip, generator, **options)``.
 NORMALIZERS: dict[str, Callable[..., nn.Module]] = {
     # A copy of the model, to compare with.
@@ -265,17 +253,19 @@ NORMALIZERS: dict[str, Callable[..., nn.Module]] = {
     "batch": _batch,
     # W = g v/‖v‖ for every output, length and direction apart; torch's. Salimans,
     # Kingma 2016, arXiv:1602.07868.
-    "weight": _per_layer(_weight),
+    "weight": _per_layer(parametrizations.weight_norm),
     # Centred rows, orthogonalised by Newton's iteration, times a gain. Huang et al.
     # 2020, arXiv:2004.00917.
     "oni": _per_layer(_oni),
     # W = gain · EV with E from the norms of V's rows, columns or both, see
     # `cpnb.methods.conditioning`.
-    "conditioned": _per_layer(_conditioned, factored=CPLayer),
+    "conditioned": _per_layer(condition_, factored=CPLayer),
     # Weights moved along the symmetry of ReLU, now and after training steps (SBWN),
     # see `cpnb.methods.scaling`.
     "scaling": _scaling,
     # CWN: every layer in CP form, W = σ Σ_r λ_r â_r∘b̂_r∘ĉ_r∘d̂_r. Veeramacheneni et
     # al. 2022, arXiv:2206.01509.
-    "canonical": _canonical,
+    "canonical": lambda model, skip, generator, **options: canonicalize(
+        model, skip=skip, generator=generator, **options
+    ),
 }

@@ -98,7 +98,8 @@ def fit_rank(
 def _smallest_rank(kernel: Tensor, error: float, method: str) -> int:
     if kernel.ndim < 2 or not kernel.any():
         return 1
-    fit: Callable[..., CPResult] = als if method == "als" else power_method
+    fits: dict[str, Callable[..., CPResult]] = {"als": als, "power": power_method}
+    fit = fits[method]
     most = kernel.numel() // max(kernel.shape)  # enough for an exact fit of any kernel
 
     def missed(rank: int) -> float:

@@ -96,10 +96,9 @@ def unified_variance(
             f"ranks is {ranks}, expected {len(edges)} ints for format {format!r}, one "
             f"per rank edge of {FORMATS[format].vertices}."
         )
-    if mode == "fan_out":
-        # The Reproducing Transformation: the backward pass is a convolution in which
-        # outputs and inputs, within each group, change places.
-        shape = (shape[1] * groups, shape[0] // groups, *shape[2:])
-    contracted = math.prod(shape[1:]) * math.prod(ranks)
+    # The Reproducing Transformation: the backward pass is a convolution in which
+    # outputs and inputs, within each group, change places.
+    channels = {"fan_in": shape[1], "fan_out": shape[0] // groups}[mode]
+    contracted = channels * math.prod(shape[2:]) * math.prod(ranks)
     n = len(FORMATS[format].vertices)
     return (PHI[nonlinearity] * contracted) ** (-1 / n)

@@ -240,9 +240,21 @@ def test_remove_normalizer_keeps_cp_layers_and_shared_layers_if_asked_to():
     kinds = [type(layer) for layer in cpnb.cp_layers(plain).values()]
     assert kinds == [type(layer) for layer in cpnb.cp_layers(model).values()]
     assert relative_error(new(images), plain(images)) < 1e-12
+    assert [layer.init for layer in cpnb.cp_layers(plain).values()] == [
+        layer.init for layer in cpnb.cp_layers(model).values()
+    ]
     layer = normalize(nn.Linear(3, 3), "weight")
     removed = remove_normalizer(nn.Sequential(layer, nn.ReLU(), layer))
     assert removed[0] is removed[2]
+
+
+def test_remove_normalizer_refuses_what_would_be_lost():
+    hooked, patched = (normalize(nn.Linear(3, 3), "weight") for _ in range(2))
+    hooked.register_forward_hook(lambda module, args, out: 2 * out)
+    patched.forward = lambda inputs: 0 * inputs
+    for layer in (hooked, patched):
+        with pytest.raises(TypeError, match="layer '0' is a Linear with hooks or a f"):
+            remove_normalizer(nn.Sequential(layer))
 
 
 @pytest.mark.slow
