@@ -128,5 +128,6 @@ class Batches:
             yield self._ready(images), self.labels[order[part]]
 
     def _ready(self, images: Tensor) -> Tensor:
-        images = images if self._is_innermost else images.contiguous()
+        if not self._is_innermost:  # contiguous() leaves one channel innermost
+            images = images.flatten().view(images.shape)
         return standardize(images, self._mean, self._std, self._dtype)
