@@ -53,7 +53,10 @@ def rank_front(sweep: RankSweep, unit: str = "parameters") -> list[RankChoice]:
     A dynamic program over the layers: to every choice that is left for the layers
     before, add every rank of the next layer, and leave out what is beaten.
     """
-    cost = {"parameters": sweep.parameters, "flops": sweep.flops}[unit]
+    units = {"parameters": sweep.parameters, "flops": sweep.flops}
+    if unit not in units:
+        raise ValueError(f"unit is {unit!r}, expected one of {list(units)}.")
+    cost = units[unit]
     curves = {n: curve for n in sweep.layers if len(curve := sweep.curve(n))}
     if not curves:
         raise ValueError(

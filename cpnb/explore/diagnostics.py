@@ -18,8 +18,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from cpnb.layers import CPLayer, evaluation_mode
-from cpnb.train.data import standardize
-from cpnb.train.evaluation import images_and_labels, placement
+from cpnb.train.evaluation import images_and_labels, moved
 
 __all__ = ["spectrum", "spectrum_report", "step_spectrum", "top_hessian_eigenvalue"]
 
@@ -104,7 +103,9 @@ def spectrum_report(model: nn.Module) -> pd.DataFrame:
             inside.update(module.modules())
             shape = {"shape": "×".join(map(str, weight.shape))}
             rows[name or type(module).__name__] = shape | spectrum(module)._asdict()
-    return pd.DataFrame.from_dict(rows, orient="index").drop(columns="singular_values")
+    return pd.DataFrame.from_dict(rows, orient="index").drop(
+        columns="singular_values", errors="ignore"
+    )
 
 
 class StepSpectrum(NamedTuple):
@@ -228,9 +229,8 @@ def top_hessian_eigenvalue(
 def _chunks(model: nn.Module, data: Any) -> list[tuple[Tensor, Tensor]]:
     """Training images and labels in chunks, where the model is."""
     images, labels = images_and_labels(data, "train")
-    device, dtype = placement(model, images)
-    images = standardize(images.to(device), None, None, dtype)
-    labels = labels.to(device, torch.long)
+    images = moved(model, images)
+    labels = labels.to(images.device, torch.long)
     return list(zip(images.split(_CHUNK), labels.split(_CHUNK), strict=True))
 
 

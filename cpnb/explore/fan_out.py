@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from cpnb.convert import replace_layers, to_dense
 from cpnb.layers import CPLinear
-from cpnb.train.data import standardize
-from cpnb.train.evaluation import evaluate, placement
+from cpnb.train.evaluation import evaluate, moved, placement
 
 if TYPE_CHECKING:
     from cpnb.truncation import RankedLayer
@@ -51,7 +50,7 @@ class Meter:
         self._ranked = ranked
         self._images = images
         self._labels = labels
-        self._device, self._dtype = placement(model, images)
+        self._device = placement(model, images)[0]
         self._network = model
         self._fans: dict[str, _Fan] = {}
         self._channels_last = True
@@ -71,8 +70,10 @@ class Meter:
         runs = self._runs(points)
         if 2 * len(runs) > len(points):
             return "one by one: a single cut, or several convolutions at every step"
-        some = max(runs, key=len)[:4]
-        few = self._moved(self._images[:CHECKED])
+        # From end to end, as neighbours may cut the other layers to the same ranks.
+        run = max(runs, key=len)
+        some = [run[n] for n in sorted({k * (len(run) - 1) // 3 for k in range(4)})]
+        few = moved(self._model, self._images[:CHECKED])
         expected = torch.stack([self._cut(p).eval()(few.clone()) for p in some])
         reason = "ranks that go together have other scores"
         for last in (True, False):
@@ -140,7 +141,7 @@ class Meter:
         right = torch.zeros(len(points), dtype=torch.long)
         pairs = zip(self._images.split(block), self._labels.split(block), strict=True)
         for images, labels in pairs:
-            images = self._moved(images)
+            images = moved(self._model, images)
             self._begin(points, images)
             for first in range(0, len(points), group):
                 some = points[first : first + group]
@@ -152,9 +153,6 @@ class Meter:
     def _begin(self, points: Sequence[Ranks], images: Tensor) -> None:
         for name, fan in self._fans.items():
             fan.begin(len(images), top=max(point[name] for point in points))
-
-    def _moved(self, images: Tensor) -> Tensor:
-        return standardize(images.to(self._device), None, None, self._dtype)
 
     def _scores(self, points: Sequence[Ranks], images: Tensor) -> Tensor:
         """Scores of truncations, shape ``(truncations, images, classes)``."""

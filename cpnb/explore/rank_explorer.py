@@ -31,18 +31,11 @@ except ModuleNotFoundError as error:
 
 from cpnb.convert import cp_layers
 from cpnb.cp import relative_error
-from cpnb.explore.page import (
-    GLOBAL,
-    SCRIPT,
-    STYLE,
-    explorer_table,
-    sweep_page,
-    sweep_points,
-)
+from cpnb.explore.page import SCRIPT, STYLE, explorer_table, sweep_page, sweep_points
 from cpnb.explore.plots import ORANGE, plot_components, plot_images, plot_rank_curve
-from cpnb.explore.sweep import RankSweep, rank_sweep
+from cpnb.explore.sweep import GLOBAL, RankSweep, rank_sweep
 from cpnb.explore.widgets import close_previous
-from cpnb.train.evaluation import accuracy, images_and_labels, placement
+from cpnb.train.evaluation import accuracy, images_and_labels, moved
 from cpnb.train.records import write_text
 from cpnb.truncation import KEYS, truncate
 
@@ -67,7 +60,8 @@ class RankExplorer(anywidget.AnyWidget):
 
     Raises:
         TypeError: If the arguments are others.
-        ValueError: If the sweep is of another network or other images, or is empty.
+        ValueError: If the sweep is of another network or another number of images, or
+            is empty.
     """
 
     _esm = SCRIPT
@@ -143,7 +137,7 @@ class RankExplorer(anywidget.AnyWidget):
         return self.accuracy
 
     def to_html(self, path: str | Path | None = None) -> str:
-        """Make a page of the explorer, with all it measured, that needs no kernel.
+        """Make a page that needs no kernel, with all cuts made as those of the sweep.
 
         Args:
             path: Where to write it as well.
@@ -295,6 +289,5 @@ def _slices(kernel: Tensor) -> Tensor:
 
 def _answers(model: nn.Module, images: Tensor) -> Tensor:
     """Class with the largest score for each image. Shape ``(n,)``."""
-    device, dtype = placement(model, images)
-    batches = images.to(device, dtype).split(100)
+    batches = moved(model, images).split(100)
     return torch.cat([model(batch).argmax(1).cpu() for batch in batches])

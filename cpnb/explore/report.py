@@ -19,8 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cpnb.convert import cp_layers, replace_layers, to_dense
 from cpnb.cp import break_even_rank, columnwise_kronecker
 from cpnb.layers import CP_KINDS, CPLayer, CPLinear, pad_factors
-from cpnb.train.data import standardize
-from cpnb.train.evaluation import accuracy, images_and_labels, placement
+from cpnb.train.evaluation import accuracy, images_and_labels, moved
 
 __all__ = ["cost_table", "count_flops", "to_chain", "truncation_report"]
 
@@ -96,11 +95,19 @@ def count_flops(
     twin = copy.deepcopy(model).eval()
     for layer in cp_layers(twin).values() if chains else ():
         layer.forward_mode = "chain"
-    device, dtype = placement(model, image)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        twin(standardize(image.to(device, copy=True), None, None, dtype))
-    by_name = counter.get_flop_counts().items()
-    return Counter({n.partition(".")[2]: sum(x.values()) for n, x in by_name})
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # it passes by the layers
+    try:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            twin(moved(model, image).clone())
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+    # The counter knows a module of several names by another of them.
+    names = {module: name for name, module in twin.named_modules()}
+    every = twin.named_modules(remove_duplicate=False)
+    own = {path: names[module] for path, module in every}
+    paths = {n.partition(".")[2]: x for n, x in counter.get_flop_counts().items()}
+    return Counter({own.get(p, p): sum(x.values()) for p, x in paths.items()})
 
 
 def to_chain(model: nn.Module) -> nn.Module:

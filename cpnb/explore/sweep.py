@@ -207,7 +207,7 @@ def rank_sweep(
         key: As in `cpnb.truncate`, like the rest. Keys on images take those of the
             training split, or of the pair.
         refit: Whether and how to re-solve λ after each cut.
-        generator: Of the random key.
+        generator: Of the random key; `RankExplorer` cuts in the order of None.
         progress: Whether to show a progress bar.
     """
     from tqdm import tqdm

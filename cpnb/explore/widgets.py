@@ -98,10 +98,14 @@ def _control(name: str, values: Any) -> Any:
         return values
     if isinstance(values, bool):
         return ipywidgets.Checkbox(values, description=name, indent=False)
+    values = getattr(values, "tolist", lambda: values)()  # of NumPy and torch
     if not all(isinstance(value, int | float) for value in values):
         return ipywidgets.Dropdown(options=values, description=name)
     look = {"description": name, "readout": False, "layout": {"width": "560px"}}
-    return ipywidgets.SelectionSlider(options=[(f"{x:.4g}", x) for x in values], **look)
+    texts = [str(x) if isinstance(x, int) else f"{x:.4g}" for x in values]
+    return ipywidgets.SelectionSlider(
+        options=list(zip(texts, values, strict=True)), **look
+    )
 
 
 def _named(control: Any) -> Any:

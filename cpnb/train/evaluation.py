@@ -96,6 +96,12 @@ def placement(model: nn.Module, images: Tensor) -> tuple[torch.device, torch.dty
     return first.device, first.dtype if first.is_floating_point() else torch.float32
 
 
+def moved(model: nn.Module, images: Tensor) -> Tensor:
+    """Images where a model is and in its dtype; tokens stay whole numbers."""
+    device, dtype = placement(model, images)
+    return standardize(images.to(device), None, None, dtype)
+
+
 def check_scores(scores: Tensor, rows: int, classes: int) -> None:
     """Refuse scores without a column for each class: on CUDA that ends the process."""
     if not isinstance(scores, Tensor):

@@ -109,6 +109,8 @@ def test_allocation_leaves_layers_whole_that_were_not_swept(sweep):
 def test_allocation_refuses_what_it_cannot_do(sweep):
     with pytest.raises(ValueError, match=r"budget is 100 parameters, expected at.*131"):
         allocate_ranks(sweep, 100)
+    with pytest.raises(ValueError, match="unit is 'flop', expected one of"):
+        allocate_ranks(sweep, 100, "flop")
     sweep.table["axis"] = "*"
     with pytest.raises(ValueError, match="sweep holds no axis of a layer, expected"):
         allocate_ranks(sweep, 100)

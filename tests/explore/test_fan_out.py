@@ -206,6 +206,21 @@ def test_networks_that_cannot_go_together_are_measured_one_by_one_and_say_so(
     assert_equals_naive(net, data, sweep)
 
 
+def test_all_layers_are_tried_at_several_ranks_of_a_layer_that_cannot_go_together():
+    """Used on two inputs: most neighbours cut the convolution to the same rank."""
+
+    def function(net, x):
+        return net.last(net.mix((net.layer(x) - net.layer(x.mT)).flatten(1)))
+
+    parts = {"layer": cpnb.CPConv2d(1, 8, 3, rank=4), "mix": cpnb.CPLinear(288, 40)}
+    images = torch.randn(11, 1, 8, 8, dtype=torch.float64)
+    net = made(lambda: Net(function, **parts, last=cpnb.CPLinear(40, 7)), images)
+    data = labelled(net, images)
+    sweep = rank_sweep(net, data, ranks={"*": None}, progress=False)
+    assert sweep.methods["*"].startswith("one by one")
+    assert_equals_naive(net, data, sweep)
+
+
 def test_resnet_goes_together_before_and_behind_its_sums_only(images):
     net = ResNet(8, num_classes=4)
     net = cpnb.canonicalize(net, rank=3, init="gaussian").double().eval()

@@ -83,6 +83,17 @@ def test_flops_of_a_layer_used_twice_count_twice():
     assert (flops[""], flops["1.1"]) == (2 * (9 + 9 + 6), 2 * 6)
 
 
+def test_flops_are_found_by_the_name_that_cp_layers_has():
+    layer = cpnb.CPLinear(3, 3, rank=1)
+    net = nn.Sequential(layer)
+    net.body = nn.Sequential(layer)  # a second name
+    assert count_flops(net, torch.zeros(1, 3), chains=True)["0"] == 2 * 2 * (3 + 3)
+    encoder = nn.TransformerEncoderLayer(4, 1, 6, batch_first=True)
+    encoder = cpnb.canonicalize(encoder, rank=2, skip="self_attn.out_proj")
+    flops = count_flops(encoder, torch.zeros(1, 5, 4), chains=True)
+    assert flops["linear1"] == 2 * 5 * 2 * (4 + 6)
+
+
 def test_report_refuses_networks_that_do_not_match(networks):
     before, _ = networks
     other = cpnb.canonicalize(nn.Sequential(nn.Linear(3, 2)))
