@@ -14,10 +14,11 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from multiprocessing import get_context
@@ -306,10 +307,11 @@ def status(name: str, found: Comparison | None) -> str:
     return f"{state}, {len(runs)} trainings, {runs.seconds.sum() / 60:.0f} minutes"
 
 
-def minutes_left(name: str, found: Comparison | None) -> float:
+def minutes_left(name: str, found: Comparison | None, workers: int) -> float:
     """About how long what a record lacks takes on one GPU, at the rates to begin with.
 
-    The images per second are those of the record, before there are any a guess.
+    The images per second are those of the record, times the workers that share the
+    GPU; before there are any a guess.
     """
     experiment = EXPERIMENTS[name]
     tuning = len(experiment.rates) * len(experiment.tune_seeds)
@@ -321,7 +323,8 @@ def minutes_left(name: str, found: Comparison | None) -> float:
     speed: float = GUESSES.get(name, ROUGHLY)
     if found is not None and len(found.runs):
         epochs = max(0, epochs - found.runs.epochs.sum())
-        speed = found.runs.images_per_second.mean()
+        measured = found.runs.images_per_second.mean()  # NaN if all diverged at once
+        speed = workers * measured if measured > 0 else speed
     return epochs * ROUGHLY / speed / 60
 
 
@@ -366,15 +369,15 @@ def run(options: argparse.Namespace, folder: Path) -> int:
     plan = dict(vars(EXPERIMENTS[name]))
     plan["device"] = device = options.device or plan["device"]
     del plan["title"]
+    if device == "cuda" and not torch.cuda.is_available():
+        print(f"{name} is made for a GPU and there is none; see --device")
+        return 1
     if options.again:
         shutil.rmtree(folder / name, ignore_errors=True)
     state = status(name, read_results(folder).get(name))
     if state.startswith("complete"):
         print(f"{name}: {state}, nothing trained; see --again")
         return 0
-    if device == "cuda" and not torch.cuda.is_available():
-        print(f"{name} is made for a GPU and there is none; see --device")
-        return 1
     pool: Any = nullcontext()
     if options.workers > 1:
         threads = {"initializer": torch.set_num_threads, "initargs": (1,)}
@@ -386,6 +389,9 @@ def run(options: argparse.Namespace, folder: Path) -> int:
     except KeyboardInterrupt:
         print("stopped; the same command goes on with the next training")
         return 130
+    except (OSError, ValueError) as error:  # no data set, or another definition
+        print(f"{name}: {error}")
+        return 1
     print(done.table().to_string())
     return 0
 
@@ -399,8 +405,8 @@ def gpu(options: argparse.Namespace, folder: Path) -> int:
     if options.device == "cpu":  # a trial
         few = ["--batches", "8", "--steps", "1", "--turns", "1"]
         steps["milliseconds per step"] += few
-    found = read_results(folder)
-    left = {name: minutes_left(name, found.get(name)) for name in GUESSES}
+    found, workers = read_results(folder), options.workers
+    left = {name: minutes_left(name, found.get(name), workers) for name in GUESSES}
     for name in steps:
         print(f"{name}: 1 minute")
     for name, minutes in left.items():
@@ -410,16 +416,24 @@ def gpu(options: argparse.Namespace, folder: Path) -> int:
     print(f"{options.minutes:g} are given", flush=True)
     if options.dry_run:
         return 0
+    if options.device == "cpu" and folder == RESULTS:
+        folder = Path(tempfile.mkdtemp())
+        print(f"a trial, whose records lie in {folder}")
     end = time.monotonic() + 60 * options.minutes
+    root = Path(__file__).resolve().parents[1]
+    path = {"PYTHONPATH": f"{root}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    where: Any = {"cwd": root, "env": os.environ | path, "timeout": 90}
+    results = []
     for name, command in steps.items():
         print(f"\n{name}", flush=True)
-        with suppress(subprocess.TimeoutExpired):
-            root = Path(__file__).resolve().parents[1]
-            path = {
-                "PYTHONPATH": f"{root}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-            }
-            where: Any = {"cwd": root, "env": os.environ | path, "timeout": 90}
-            subprocess.run([sys.executable, *command], **where)
+        try:
+            code = subprocess.run([sys.executable, *command], **where).returncode
+        except subprocess.TimeoutExpired as error:
+            print(error)
+            code = 1
+        results.append(int(code not in (0, 5)))  # 5: there are no tests to run
+        if results[-1]:
+            print(f"{name}: FAILED", flush=True)
     for name in GUESSES:
         # A training that begins just before the end takes one share of the rest.
         cells = len(EXPERIMENTS[name].recipes) * len(EXPERIMENTS[name].seeds)
@@ -429,12 +443,10 @@ def gpu(options: argparse.Namespace, folder: Path) -> int:
             continue
         options.name, options.again = name, False
         print(f"\n{name}", flush=True)
-        try:
-            if run(options, folder) == 130:
-                return 130
-        except (OSError, ValueError) as error:  # as where a data set is missing
-            print(f"{name}: {error}")
-    return 0
+        results.append(run(options, folder))
+        if results[-1] == 130:
+            return 130
+    return int(any(results))
 
 
 def checkpoint(record: Comparison, folder: Path, **settings: Any) -> None:

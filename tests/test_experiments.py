@@ -163,12 +163,16 @@ def test_status_says_which_records_are_of_old_definitions(command, tiny, monkeyp
     for change in ({"recipes": [TINY.recipes[0], changed]}, {"seeds": (0, 1, 2)}):
         monkeypatch.setitem(experiments.EXPERIMENTS, tiny, replace(TINY, **change))
         assert "tiny: not as it is defined now" in command("status")[1]
+    monkeypatch.setitem(experiments.EXPERIMENTS, tiny, replace(TINY, recipes=[changed]))
+    result, said = command("run", tiny)
+    assert result == 1 and "was made with another" in said
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_command_says_when_the_device_is_missing(command, tiny, tmp_path):
-    result, said = command("run", tiny, "--device", "cuda")
-    assert result == 1 and "made for a GPU and there is none" in said
+    for words in ((), ("--again",)):  # which deletes nothing, either
+        result, said = command("run", tiny, "--device", "cuda", *words)
+        assert result == 1 and "made for a GPU and there is none" in said
     assert list(tmp_path.iterdir()) == []
 
 

@@ -114,7 +114,11 @@ class Comparison:
 
     @classmethod
     def load(cls, path: str | Path) -> Comparison:
-        """Read a record; a damaged line is left out with a warning, as not done."""
+        """Read a record; a damaged line is left out, with a warning.
+
+        A training that lacks its line in ``runs.csv``, or one of ``curves.csv``, counts
+        as not done.
+        """
         path = Path(path).expanduser()
         plan = json.loads((path / "recipes.json").read_text(encoding="utf-8"))
         recipes = [Recipe(**recipe) for recipe in plan.pop("recipes")]
@@ -125,6 +129,9 @@ class Comparison:
         # A run is written after its curve: without all epochs it is not done.
         epochs = Counter(map(_cell, tables[1]))
         done = {_cell(run) for run in tables[0] if epochs[_cell(run)] == run["epochs"]}
+        if lacking := sum(_cell(run) not in done for run in tables[0]):
+            text = f"{path}: {lacking} trainings without whole curves are left out."
+            warnings.warn(text, stacklevel=2)
         found.add(*([row for row in rows if _cell(row) in done] for rows in tables))
         return found
 
@@ -327,9 +334,9 @@ def compare(
     plan = Comparison(
         recipes={recipe.name: recipe for recipe in recipes},
         data=repr(data() if callable(data) else data),
-        rates=[float(rate) for rate in rates],
-        tune_seeds=list(tune_seeds),
-        seeds=list(seeds),
+        rates=[*dict.fromkeys(map(float, rates))],
+        tune_seeds=[*dict.fromkeys(map(int, tune_seeds))],
+        seeds=[*dict.fromkeys(map(int, seeds))],
         measure=measure,
         tune_epochs=tune_epochs,
     )
@@ -453,7 +460,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
     """Rows of a table; one that cannot be read is reported and left out."""
     if not path.exists():
         return []
-    head, *lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    head, *lines = path.read_text(encoding="utf-8").splitlines(keepends=True) or [""]
     names = head.strip().split(",")
     rows = []
     for number, line in enumerate(lines, start=2):
@@ -462,11 +469,21 @@ def _read(path: Path) -> list[dict[str, Any]]:
                 raise ValueError("the line ends early")
             row: dict[str, Any] = dict(zip(names, *csv.reader([line]), strict=True))
             for name in row.keys() - TEXTS:
-                row[name] = json.loads(row[name] or "null")
+                row[name] = _value(name, row[name])
             rows.append(row)
         except ValueError as error:
             warnings.warn(f"{path}, line {number} is left out: {error}.", stacklevel=4)
     return rows
+
+
+def _value(name: str, text: str) -> Any:
+    """A number, or None; a measure's own columns may hold texts."""
+    try:
+        return json.loads(text or "null")
+    except ValueError:
+        if name in {*RUN_COLUMNS, *CURVE_COLUMNS}:
+            raise
+        return text
 
 
 def _rounded(value: float) -> float | None:

@@ -122,24 +122,26 @@ def standardize(
 
 def as_split(data: Any, split: str = "validation") -> Split:
     """Read a split of a data set, or any one split, or a pair; pixels as they are."""
-    data = getattr(data, split, data)
-    if isinstance(data, Split):
-        return data
-    is_pair = isinstance(data, tuple | list) and len(data) == 2
-    if not is_pair or not all(isinstance(part, Tensor) for part in data):
+    pair = getattr(data, split, data)
+    if isinstance(pair, Split):
+        return pair
+    is_pair = isinstance(pair, tuple | list) and len(pair) == 2
+    if not is_pair or not all(isinstance(part, Tensor) for part in pair):
         raise TypeError(
             f"data is a {type(data).__name__}, expected a data set with train, "
             "validation and test, one of these, or a pair (images, labels) of tensors. "
             'Start with load_data("digits"), or put the batches of a loader together: '
             "tuple(map(torch.cat, zip(*loader)))."
         )
-    images, labels = data
-    if images.dtype == torch.uint8 or len(images) != len(labels):
+    images, labels = pair
+    if images.dtype == torch.uint8 or len(images) != len(labels) or not len(labels):
         raise ValueError(
             f"images have shape {tuple(images.shape)} and dtype {images.dtype}, labels "
-            f"{tuple(labels.shape)}, expected as many of each, and no bare pixels: "
-            "scale those first, for example images.float() / 255."
+            f"{tuple(labels.shape)}, expected as many of each, at least one, and no "
+            "bare pixels: scale those first, for example images.float() / 255."
         )
+    if labels.min() < 0:
+        raise ValueError(f"labels go down to {labels.min()}, expected classes from 0.")
     return Split(images, labels)
 
 

@@ -13,6 +13,7 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -145,6 +146,12 @@ def test_compare_gives_each_training_hooks_of_its_own(monkeypatch):
     assert [hook.steps for hook in made] == [14, 14]
 
 
+def test_compare_asked_twice_for_a_rate_or_a_seed_does_it_once(trained):
+    plan = {"rates": [0.01, 0.01], "seeds": [np.int64(0), 0], "progress": False}
+    assert compare(RECIPES[:1], SMALL, **plan).seeds == [0]
+    assert trained == [("none", "final", 0.01, 0)]
+
+
 def test_compare_augments_as_a_recipe_says():
     moved = replace(RECIPES[0], settings={**SETTINGS, "augment": {"crop": 2}})
     first, other = (compare([r], SMALL, **ONE).curves for r in (RECIPES[0], moved))
@@ -153,7 +160,8 @@ def test_compare_augments_as_a_recipe_says():
 
 def test_compare_measures_more_on_the_tested_networks(tmp_path, monkeypatch):
     def measure(network, data, recipe, seed, times):
-        return {"n": [1, 2], "value": [seed / 3, times * len(recipe.name)]}
+        values = {"n": [1, 2], "value": [seed / 3, times * len(recipe.name)]}
+        return values | {"layer": ["conv1", "fc"]}
 
     monkeypatch.setitem(REGISTRY, "measure", measure)
     asked = {"name": "measure", "times": 5}
@@ -161,6 +169,7 @@ def test_compare_measures_more_on_the_tested_networks(tmp_path, monkeypatch):
     measured = Comparison.load(tmp_path).measured
     assert list(measured.seed) == [0, 0, 1, 1] and list(measured.n) == [1, 2, 1, 2]
     assert list(measured.value) == [0.0, 20.0, 0.33333, 20.0]
+    assert list(measured.layer) == ["conv1", "fc"] * 2
     pd.testing.assert_frame_equal(found.measured, measured)
 
 
@@ -211,13 +220,15 @@ def test_compare_repeats_a_training_whose_line_is_damaged(
         "cut": last.rstrip("\n"),
         "garbage": last.replace("100", "1x0", 1),
         "conflict": "<<<<<<< HEAD\n",
-        "lost": "",  # as where it stopped between two files; nothing to warn of
+        "lost": "",  # of runs.csv as where it stopped between two files
     }
     (copied / name).write_text("".join([*lines, damaged[damage]]))
     found = compare(RECIPES, SMALL, **PLAN, path=copied)
     said = [str(each.message) for each in recwarn]
-    assert len(said) == (damage != "lost")
-    assert all(f"{name}, line {len(lines) + 1} is left out" in text for text in said)
+    expected = [f"{name}, line {len(lines) + 1} is left out"] * (damage != "lost")
+    expected += ["1 trainings without whole curves"] * (name == "curves.csv")
+    for text, part in zip(said, expected, strict=True):
+        assert part in text
     assert [list(cell[:2]) for cell in trained] == [last.split(",")[:2]]
     assert_same(found, Comparison.load(folder))
     assert_same(Comparison.load(copied), found)
