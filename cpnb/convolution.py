@@ -155,7 +155,7 @@ def conv_branches(
     channels = source.shape[0]
     window = _weighted_window(lam, spatial)
     mix = source.T.reshape(rank, channels, *(1,) * len(spatial))
-    hidden = images.unflatten(1, (groups, channels)).flatten(0, 1)
+    hidden = images.unflatten(1, (groups, -1)).flatten(0, 1)
     if channels == 1 or window[0].numel() == 1:  # one of the two stages is a scaling
         hidden = convolve(hidden, mix * window, **geometry)
     else:

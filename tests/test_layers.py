@@ -407,13 +407,10 @@ def test_layers_refuse_bad_arguments_with_a_clear_error(kind, options, text):
         kind(3, 4, 3, **options)(torch.zeros(1, 3, 5))
 
 
-WRONG = [("dense", "3 channels"), ("chain", r"\[1, 3\].*size of dim 1 \(5")]
-
-
-@pytest.mark.parametrize(("mode", "text"), WRONG)
-def test_conv_says_that_the_channels_are_wrong_and_takes_an_empty_batch(mode, text):
+@pytest.mark.parametrize("mode", MODES)
+def test_conv_says_that_the_channels_are_wrong_and_takes_an_empty_batch(mode):
     layer = CPConv2d(3, 4, 3, forward_mode=mode)
-    with pytest.raises(RuntimeError, match=text):
+    with pytest.raises(RuntimeError, match="to have 3 channels, but got 5"):
         layer(torch.zeros(2, 5, 6, 6))
     assert layer(torch.zeros(0, 3, 6, 6)).shape == (0, 4, 4, 4)
 
