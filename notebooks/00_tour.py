@@ -164,8 +164,8 @@ assert test_accuracy >= 0.97
 #
 # The first convolution sees one input channel, so each of its components is a 3×3
 # window $\hat c_r \circ \hat d_r$ and a vector $\hat a_r$ that says how much of this
-# window each of the 16 filters takes. The seven windows are an alphabet, and every
-# filter is spelled with it.
+# window each of the 16 filters (outputs) takes. The seven windows are an alphabet, and
+# every filter is spelled with it.
 
 # %%
 conv1 = cpnb.cp_layers(net)["conv1"]
@@ -229,9 +229,9 @@ cpnb.truncation_report(net, half, data).round(3)
 # The table counts parameters against the *dense* network, the only fair reference.
 # `relative_error` is that of the kernel, $\lVert W-\hat W\rVert/\lVert W\rVert$: 0 is a
 # perfect copy, 1 is as far off as a kernel of zeros. Without further training, this cut
-# is far too much. What is left is also the doing of the *start*: the power method finds
-# the largest component first, and training keeps some of that order. A start that gives
-# all components the same weight has no order to keep:
+# is far too much. How much is left may also depend on the *start*: the power method
+# finds the largest component first, and training keeps some of that order. A start that
+# gives all components the same weight has no order to keep:
 
 # %%
 equal = cpnb.canonicalize(plain, init="unified", generator=generator)
@@ -301,7 +301,7 @@ cpnb.truncation_report(net, better, data).round(3)
 #
 # The figure above, live. The slider at the top cuts all layers to the same share, the
 # others, under *Each layer*, one layer each; the line under the picture says what is
-# left. (On a page without a kernel you see the picture of the whole network.)
+# left. (On a page without Python you see the picture of the whole network.)
 #
 # **Predict**, then try: setting each layer on its own, how few parameters can the
 # network have and still reach 95 %?

@@ -499,7 +499,7 @@ plt.show()
 #
 # $$T = a\circ a\circ b + a\circ b\circ a + b\circ a\circ a ,$$
 #
-# of rank three. Yet two terms get as close as you like, when $n$ is large:
+# which needs three terms. Yet two get as close as you like, when $n$ is large:
 #
 # $$T_n = n\,\bigl(a+\tfrac1n b\bigr)\circ\bigl(a+\tfrac1n b\bigr)\circ
 # \bigl(a+\tfrac1n b\bigr) - n\; a\circ a\circ a .$$
@@ -533,8 +533,8 @@ pd.DataFrame.from_dict(rows, orient="index")[columns].round(3)
 # ### What keeps an algorithm from it?
 #
 # A ridge holds the components small, always; **damping**, the default of `cpnb.als`,
-# does so with a multiple that shrinks with the error, so that a kernel that *can* be
-# met exactly is.
+# does so with a multiple that shrinks with the error, so that a fit can still become
+# exact.
 #
 # **Predict:** which of them stops the growth of the weights on this tensor?
 
@@ -629,8 +629,8 @@ explorer
 #   are units. A 32×16×3×3 kernel holds as many numbers as 84 components.
 # - The power method takes one component at a time. Its components are nested and can be
 #   cut: an error of 0.27 with 85, 0.47 with half.
-# - ALS fits all together: 0.06 with 85. But they cancel one another, so that half of
-#   them are worth no more than zeros. With a ridge: 0.09, and 0.54.
+# - ALS fits all together: 0.06 with 85. But its components cancel one another, so that
+#   half of them are worth no more than zeros. With a ridge: 0.09, and 0.54.
 # - It fails where no best approximation exists: $\lambda$ grows without bound. The
 #   energy shows it; a ridge holds it.
 #

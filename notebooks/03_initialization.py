@@ -150,7 +150,7 @@ check_lam("exercise 1, solution", matched_lam_solution)
 #   kernel has a sixth of Kaiming's variance.
 # - **Unified small**, a control: unified, with that sixth.
 # - **Kaiming on each factor**, a foil: torch's `kaiming_normal_` takes $R$ for the
-#   fan-in of each factor, which makes $R\,(2/R)^4 = 16/R^3$.
+#   fan-in of each factor, so that $\mathrm{Var}(W) = R\,(2/R)^4 = 16/R^3$.
 #
 # **Predict:** which of them do not depend on the rank?
 
@@ -297,8 +297,9 @@ plt.show()
 
 # %% [markdown]
 # **Figure:** mean squares over twenty layers, mean and ± 1 standard deviation over
-# networks, in powers of ten: the two unified starts stay within two of zero, gaussian
-# (crosses) loses six to seven, Kaiming on each factor (triangles) over twenty.
+# networks, in powers of ten: the means of the two unified starts stay within two of
+# zero, gaussian (crosses) loses six to seven, Kaiming on each factor (triangles) over
+# twenty.
 
 # %%
 steps = [*pairwise(WIDTHS)]
@@ -701,9 +702,9 @@ plt.show()
 
 # %% [markdown]
 # **Figure:** validation accuracy over five epochs in the four formats, mean and ± 1
-# standard deviation over ten networks: unified (circles) is on top everywhere, level
-# with Kaiming in the ring; Kaiming (triangles) stays below 40 % in Tucker-2 and train,
-# and Xavier (squares) far behind in ring and block terms.
+# standard deviation over ten networks: unified (circles) is on top or level everywhere;
+# Kaiming (triangles) stays below 40 % in Tucker-2 and train, and Xavier (squares) far
+# behind in ring and block terms.
 
 # %%
 finals = tensors.finals.set_index(["recipe", "seed"])
@@ -753,7 +754,7 @@ print("told apart, in favour of unified:", sum(apart.values()), "of", len(apart)
 # over the epochs, likewise. **The claim, bounded:**
 #
 # - *better and faster*: reproduced in six of eight comparisons. Not told apart are the
-#   two whose variance is nearest, 0.44 and 1.00 of Kaiming's.
+#   two with a variance of 0.44 and 1.00 of Kaiming's.
 # - *stable*: none of 40 unified networks ends below 50 %. Of Kaiming's 18 of 20 do
 #   where the variance is 4 or 16 times too large.
 # - *usually fail*: too strong for Xavier, whose networks all learn, and end 3 points
@@ -833,8 +834,8 @@ print(f"unified {cut['unified']:.0f} %")
 # the dense network Kaiming's variance where it is deep.
 #
 # - *Worth*: ahead of unified in every row; least, 0.4 points, in the longest training.
-#   With half of its components cut, LeNet keeps 82 %, from the unified start half of
-#   that (notebook 05): equal λ have no order.
+#   Cut to half of its components, LeNet still reads 82 % of the images, from the
+#   unified start 43 % (three networks each, not told apart).
 # - *Cost*: once 0.2 to 1.5 s in these networks, 2 to 7 % of an epoch.
 # - *Where it does not matter*: notebook 07 does not tell the two apart, with batch
 #   norm, which repairs a wrong variance, and a dense last layer.
@@ -842,10 +843,10 @@ print(f"unified {cut['unified']:.0f} %")
 #
 # ## The answer
 #
-# **Does the cheap start suffice?** It trains everywhere, and ends behind the fit
-# everywhere: by 0.4 to 1.9 points in shallow networks, by nine at twenty layers. Only
-# with a small variance, in shallow networks, is it not told apart from the fit (unified
-# small: digits −0.4 ± 1.5 points, MNIST −0.2 ± 0.3).
+# **Does the cheap start suffice?** It trains everywhere, and ends behind the fit in all
+# four rows: by 0.4 to 1.9 points in shallow networks, by nine at twenty layers. With a
+# small variance, in shallow networks, it is not told apart from the fit (unified small:
+# digits −0.4 ± 1.5 points, MNIST −0.2 ± 0.3).
 #
 # **Not shown:** the start from a *trained* kernel (notebook 01). Intervals speak of
 # seeds, not of other data.

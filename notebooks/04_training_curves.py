@@ -168,7 +168,7 @@ found.against("none").round(2)
 # %% [markdown]
 # `mean` is the difference of test accuracy to the plain network in points, paired seed
 # by seed, and `mean ± half` its 95 % interval (Student's $t$). When the interval holds
-# zero, the two were **not told apart**: the seeds explain the difference. This is the
+# zero, the two were **not told apart**: the seeds alone may explain it. This is the
 # rule of every notebook. On 359 test images one image is 0.28 points. Batch norm is
 # ahead; the canonical network has the lowest mean, and is not told apart.
 #
@@ -230,8 +230,8 @@ panels(METHODS)
 #
 # On CIFAR-10 the canonical network is ahead of the plain one until both arrive at the
 # same place. Scaling has no line where a rate chosen after two passes was too large for
-# the longer training: on Fashion-MNIST all five diverged, on CIFAR-10 they fell to
-# chance or diverged.
+# the longer training: of five networks one diverged on MNIST, all on Fashion-MNIST, and
+# on CIFAR-10 they diverged or fell to chance.
 
 # %%
 panels(["none", "canonical", "canonical-unified", "oni", "SI+FD"])
@@ -240,7 +240,7 @@ panels(["none", "canonical", "canonical-unified", "oni", "SI+FD"])
 # **Figure:** the same for the canonical network from a fit (thick line) and from
 # nothing (stars), ONI (pentagons) and SI+FD (plus signs) beside the plain one; ONI
 # learns fastest, SI+FD, low rank from a fit, follows the fitted canonical network, and
-# the start from nothing ends lowest.
+# the start from nothing ends lowest. (On CIFAR-10 only two were run.)
 #
 # ## 5. Who ends best, and is it more than chance?
 
@@ -303,8 +303,8 @@ pd.DataFrame(columns).reindex(RECIPES).drop("weight").fillna("")
 # %% [markdown]
 # `~`: not told apart from weight norm. On MNIST the canonical network differs from it
 # by 0.00 ± 0.02 points; on Fashion-MNIST it is 0.54 ± 0.35 below, on CIFAR-10 2.6 ±
-# 1.2. So the paper's claim, that it is competitive, holds on the first of these small
-# networks and not on the others.
+# 1.2. So the paper's claim, that it is competitive, holds on the first of these data
+# sets and not on the others.
 #
 # ## 6. Rates belong to methods
 #
@@ -352,7 +352,7 @@ plt.show()
 # %% [markdown]
 # **Figure:** validation error after two passes against the rate, both axes logarithmic,
 # a line per method and a panel per data set; five methods have their least error at
-# 0.01 to 0.08, conditioned kernels (crosses) only below 0.01.
+# 0.02 to 0.08, conditioned kernels (crosses) only below 0.01.
 
 # %%
 for title, record in records.items():
@@ -365,10 +365,10 @@ for title, record in records.items():
 # %% [markdown]
 # Every chosen rate has a worse one on both sides: where the best was at an end,
 # `compare` went on. The plain network, weight norm and the fitted canonical network
-# want the same rates, 0.02 to 0.04, which is what the step gauge of notebook 02 is for;
+# want similar rates, 0.02 to 0.04, which is what the step gauge of notebook 02 is for;
 # so at the plain network's rate nearly the same methods lead. Conditioned kernels want
 # rates eight to thirty times smaller: with the gain of √2 their rows are 2.4 times as
-# long as torch draws them, and at the plain network's rate they learn nothing.
+# long as torch draws them, and at the plain network's rate they stay at or near chance.
 #
 # ## 7. Beside the paper
 #
@@ -471,12 +471,13 @@ def seeds_needed_solution(mean, std):
 check_seeds("exercise, solution", seeds_needed_solution)
 
 # %% [markdown]
-# Five seeds tell apart only what is larger than 1.24 standard deviations: many a
-# published difference is not.
+# Five seeds tell apart only what is larger than 1.24 standard deviations of the paired
+# differences.
 #
 # **Your own normalizer.** Weight norm gives each *output* of a layer a row of separate
 # length. Do it the other way round: every *input* of a layer gets weights of length
-# one. Which axis of the kernel does the norm run over? Does it hold in a convolution?
+# one, in a convolution at each place of the window. Which axis of the kernel does the
+# norm run over?
 
 
 # %%
@@ -543,15 +544,17 @@ check_own("exercise, solution", unit_inputs_solution)
 #
 # ## The answer
 #
-# - **Which method ends best?** Batch norm: 91.3 % on Fashion-MNIST and 75.1 % on
-#   CIFAR-10, told apart from weight norm (90.7 and 72.5); on MNIST its 99.30 % is not
-#   told apart from weight norm's 99.21.
+# - **Which method ends best?** Batch norm has the highest mean on all three: 91.3 % on
+#   Fashion-MNIST (ONI's 91.0 is not told apart) and 75.1 % on CIFAR-10, told apart from
+#   weight norm (90.7 and 72.5); on MNIST its 99.30 % is not told apart from weight
+#   norm's 99.21.
 # - **And the canonical network?** 99.21 % on MNIST, not told apart from weight norm;
 #   0.5 points below it on Fashion-MNIST (0.4 below the plain network, told apart) and
-#   2.6 on CIFAR-10, level with the plain one. From a unified start it is behind: 98.8 %
-#   on MNIST.
-# - **Is it more than chance?** Five seeds, paired: the table of section 5 says it for
-#   each. **At which rate?** Its own, tuned on validation images, none at an edge.
+#   2.6 on CIFAR-10, not told apart from the plain one. From a unified start it is
+#   behind: 98.8 % on MNIST.
+# - **Is it more than chance?** Five seeds, paired (scaling: those that did not
+#   diverge): the table of section 5 says it for each. **At which rate?** Its own, tuned
+#   on validation images, none at an edge.
 # - **On which device, and how long is a step?** One thread of a CPU; section 2 has the
 #   milliseconds.
 #

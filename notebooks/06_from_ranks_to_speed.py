@@ -2,7 +2,7 @@
 # # When is a low-rank layer really faster?
 #
 # A truncated layer has fewer parameters and needs fewer multiplications. Is it faster?
-# The most frequent question about factorised layers is "why is it slower?". This
+# A frequent question about factorised layers is "why is it slower?". This
 # notebook measures two ceilings of the machine it runs on, predicts from them at which
 # rank a layer becomes faster than the dense one, and checks the prediction.
 #
@@ -83,9 +83,10 @@ print(f"moving one number (4 bytes) takes as long as {4 * flops / bandwidth:.0f}
 # | rebuilt | $N\,O I K^2 + R\,O I K^2$ | the kernel, once a batch |
 # | chain, 1×1 → depthwise → 1×1 | $N\,R\,(I + K^2 + O)$ | $N R$ numbers, twice |
 #
-# So **two ratios** decide. $R/R_\text{same}$ says how much work the chain has against
-# the dense layer, and $R/N$ how much the rebuilding is beside the convolution: with $N$
-# in the tens of thousands it is nothing.
+# So **two ratios** decide. $R/R_\text{same}$, the rank over the *break-even* rank of
+# equal parameters, says how much work the chain has against the dense layer, and $R/N$
+# how much the rebuilding is beside the convolution: with $N$ in the tens of thousands
+# it is nothing.
 #
 # **Predict:** at a quarter of $R_\text{same}$ the chain has a quarter of the
 # multiplications. What share of the time will it take?
@@ -222,9 +223,9 @@ for title, more in (("as installed", {}), ("memory kept", KEPT)):
 
 # %% [markdown]
 # The third ceiling is the C library. On Linux it gives large tensors back to the
-# system, which hands out zeroed pages at the next call; a chain makes two large tensors
-# where the dense layer makes one. With two environment variables glibc keeps the
-# memory, and the chain takes less than half of the time here.
+# system, which hands out zeroed pages at the next call; a chain makes three large
+# tensors where the dense layer makes one. With two environment variables glibc keeps
+# the memory, and the chain takes less than half of the time here.
 #
 # ## 4. Why one depthwise stage and not two
 #
@@ -284,7 +285,7 @@ table.round(2)
 # As a chain the network has 0.27 of the multiplications and keeps 2.9 times the bytes
 # for a backward pass, $R$ numbers per position at two stages. `fc1` is about three
 # times as fast, because a linear layer has no window; `conv1`, with a single input
-# channel, and `conv2`, which meets the third ceiling, are slower. So `"auto"`, the
+# channel, and `conv2`, probably at the third ceiling, are slower. So `"auto"`, the
 # default of every layer, decides layer by layer: a linear layer is a chain up to
 # $R_\text{same}$, a convolution below half of it.
 #
@@ -323,8 +324,8 @@ times = [milliseconds(lambda each=each: run(*each)) for each in sessions.values(
 print("dense {:.1f} ms, chain {:.1f} ms".format(*times))
 
 # %% [markdown]
-# The outputs agree to rounding. At half of the break-even rank the chain is no faster
-# there either: it is past the crossing of section 3.
+# The outputs agree to rounding. At half of the break-even rank the chain is slower
+# there, too: it is past the crossing of section 3.
 #
 # ## 7. Slide the rank
 #
@@ -434,7 +435,7 @@ print(check_bandwidth("exercise 2, solution", needed_bandwidth_solution(64)))
 # channels and 0.7 for 128→256. Between the two ranks it saves parameters and
 # multiplications, and costs time; there `to_dense` is the faster form of the same
 # network. Measured crossings lay between 0.3 and 0.7, the widest layer's last: the
-# formula gives the order, not the number. The chain also pays in memory: 2.9 times the
+# formula gives the order, not the number. The chain also costs memory: 2.9 times the
 # bytes for LeNet. Two numbers of a machine, $F$ and $B$, say that the crossing comes
 # early and that wider layers cross later.
 #

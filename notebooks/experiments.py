@@ -34,7 +34,7 @@ from cpnb.methods import first_and_last, fit_rank, ranks_for
 from cpnb.train import REGISTRY, Augment, Comparison, Dataset, Recipe, build
 from networks import AlexNet, LeNet5, ResNet, SmallConvNet
 
-REGISTRY |= {"ResNet-20": partial(ResNet, 20), "ResNet-32x2": partial(ResNet, 32, 2)}
+REGISTRY |= {"ResNet-20": partial(ResNet, 20), "ResNet-32x4": partial(ResNet, 32, 4)}
 REGISTRY |= {"AlexNet": AlexNet, "LeNet5": LeNet5, "SmallConvNet": SmallConvNet}
 REGISTRY["SmallConvNet-BN"] = partial(SmallConvNet, batch_norm=True)
 
@@ -265,10 +265,10 @@ EXPERIMENTS = {
         (0.05, 0.1, 0.2), **GPU,
     ),
     "cifar10-resnet32-tenth": Experiment(
-        "CIFAR-10, ResNet-32×2 at 10 % of its parameters in six factorised forms, "
+        "CIFAR-10, ResNet-32×4 at 10 % of its parameters in six factorised forms, "
         "crops and flips, 60 epochs, 3 seeds (GPU)",
         partial(first_images, "cifar10"),
-        compressed("ResNet-32x2", 0.1,
+        compressed("ResNet-32x4", 0.1,
                    RESNET | MOVED | {"epochs": 60, "weight_decay": 1e-4}),
         (0.05, 0.1, 0.2), **GPU,
     ),
@@ -277,7 +277,7 @@ EXPERIMENTS = {
 
 # Images a second of each, on one H100: guesses, until a record has measured ones.
 GUESSES = {"cifar10-alexnet": 40_000, "mnist-lenet": 60_000}
-GUESSES |= {"cifar100-resnet20": 40_000, "cifar10-resnet32-tenth": 15_000}
+GUESSES |= {"cifar100-resnet20": 40_000, "cifar10-resnet32-tenth": 10_000}
 ROUGHLY = 50_000  # training images in each of their data sets
 
 
