@@ -269,7 +269,10 @@ def replace_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Modu
     if "" in layers:
         return layers[""]
     for owner, module in model.named_modules():
-        for name, value in vars(module).items():
+        # What a copy takes over; a parametrized module refuses to say its state.
+        computed = nn.utils.parametrize.is_parametrized(module)
+        held = vars(module) if computed else module.__getstate__()
+        for name, value in held.items():
             if isinstance(value, Tensor) and not value.is_leaf:
                 raise TypeError(
                     f"attribute {name!r} of module {owner!r} is a tensor computed from "
@@ -289,23 +292,27 @@ def replace_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Modu
     return copy.deepcopy(model, {id(replaced[n]): new for n, new in layers.items()})
 
 
-def _holds_module(value: Any, seen: tuple[Any, ...] = ()) -> bool:
-    """Whether a function, also in a list, a dict or another, keeps a module."""
-    if isinstance(value, functools.partial):
-        value = value.func
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    if isinstance(value, list | tuple):
-        return any(_holds_module(one, seen) for one in value)
-    if not isinstance(value, types.FunctionType) or value in seen:
-        return False
-    kept = [cell.cell_contents for cell in value.__closure__ or ()]
-    kept += [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
-    return any(
-        isinstance(getattr(one, "__self__", one), nn.Module)
-        or _holds_module(one, (*seen, value))
-        for one in kept
-    )
+def _holds_module(value: Any, kept: bool = False, seen: tuple[Any, ...] = ()) -> bool:
+    """Whether a function keeps a module, either of them also in lists and dicts.
+
+    ``kept`` says that a function keeps ``value``: a copy of the function keeps it, too.
+    """
+    if kept and isinstance(getattr(value, "__self__", value), nn.Module):
+        return True
+    parts: list[Any] = []
+    if isinstance(value, functools.partial):  # which itself is copied
+        parts = [value.func, *kept * (*value.args, *value.keywords.values())]
+    elif isinstance(value, Mapping):
+        parts = [*value.values()]
+    elif isinstance(value, list | tuple):
+        parts = [*value]
+    elif isinstance(value, types.FunctionType):
+        kept = True
+        filled = [c for c in value.__closure__ or () if c != types.CellType()]
+        parts = [*(cell.cell_contents for cell in filled), *(value.__defaults__ or ())]
+        parts += (value.__kwdefaults__ or {}).values()
+    seen = (*seen, id(value))
+    return any(_holds_module(one, kept, seen) for one in parts if id(one) not in seen)
 
 
 def skip_rule(model: nn.Module, skip: Skip) -> Callable[[str, nn.Module], bool]:
@@ -359,7 +366,8 @@ def lost_state(layer: Any) -> str | None:
     else:
         plain = type(layer)(1, 1, 1, device="meta")
     known = {*vars(plain), *plain._parameters, *plain._buffers, *plain._modules}
-    held = {*vars(layer), *layer._parameters, *layer._buffers, *layer._modules}
+    flags = {n for n, v in vars(layer).items() if isinstance(v, bool)}
+    held = {*vars(layer), *layer._parameters, *layer._buffers, *layer._modules} - flags
     if held - known:
         own = ", ".join(sorted(held - known))
         return f"it has attributes of its own, {own}, which would be lost"

@@ -193,7 +193,8 @@ class CPLayer(FactoredLayer):
     def resize(self, rank: int) -> None:
         """Make room for another rank; the values are left for the caller to fill.
 
-        The parameters stay the same objects, so that an optimizer keeps them.
+        The parameters stay the same objects, so that an optimizer keeps them; one that
+        has made a step holds moments of the old shape.
         """
         for one in (self.lam, *self.factors):
             one.data, one.grad = one.data.new_empty(*one.shape[:-1], rank), None

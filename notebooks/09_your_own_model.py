@@ -138,8 +138,10 @@ pd.DataFrame(rows, columns).T.round(4)
 # back.
 #
 # What cannot be converted exactly is refused with the layer's name and the reason, such
-# as hooks, tied weights, or a subclass of `nn.Linear`; `skip=` leaves it alone. Layers
-# of other kinds, batch norm or attention, stay as they are.
+# as hooks, tied weights, or a subclass of `nn.Linear`; `skip=` leaves it alone. The
+# output layer of `nn.MultiheadAttention` is such a subclass: `skip=lambda name, _:
+# name.endswith("out_proj")`. Layers of other kinds, such as batch norm, stay as they
+# are.
 #
 # ## 4. Sweep, spend a budget, cut, train on
 #

@@ -310,6 +310,8 @@ WAYS = {
     "nested": lambda fc: WAYS["closure"](WAYS["closure"](fc)),
     "list": lambda fc: [WAYS["closure"](fc)],
     "dict": lambda fc: {"run": WAYS["closure"](fc)},
+    "list in a closure": lambda fc: WAYS["closure"]([fc]),
+    "partial in a closure": lambda fc: WAYS["closure"](functools.partial(fc)),
 }
 CONVERSIONS = {
     "canonicalize": (nn.Linear, lambda model: canonicalize(model, init="power")),
@@ -354,7 +356,10 @@ def test_conversions_refuse_a_hook_that_holds_a_module():
 def test_conversions_copy_an_attribute_that_calls_a_layer(call):
     kind, convert = CONVERSIONS[call]
     for way in (lambda fc: fc.__call__, lambda fc: functools.partial(fc)):
-        new = convert(Keeps(kind, way))
+        model = Keeps(kind, way)
+        model._compiled_call_impl = WAYS["closure"](model.fc)  # as compile() leaves it
+        model.fc._is_hf_initialized = True  # no more than a flag
+        new = convert(model)
         assert type(new.fc) is not kind or call == "truncate"
         with torch.no_grad():
             new.fc.bias.add_(100)
