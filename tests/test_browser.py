@@ -11,6 +11,8 @@ import torch
 from lab_server import NotebookPage, chromium, find_browser, jupyterlab
 
 import cpnb
+from cpnb.explore.page import SCRIPT, STYLE, explorer_table, sweep_points
+from cpnb.truncation import KEYS
 
 ROOT = Path(__file__).parents[1]
 WAIT = 30_000  # milliseconds; what is waited for comes within one or two seconds
@@ -266,6 +268,29 @@ def test_live_explorer_measures_what_the_table_lacks(notebook):
     explorer.root.get_by_label("refit").select_option("refit on outputs")
     expect_the_librarys_numbers(explorer, notebook, refit="data")
     explorer.root.get_by_label("refit").select_option("as it is")
+
+
+LATE = """<style>%s</style><main style="width: 360px"></main><script type="module">
+%s
+const held = %s, sent = window.sent = [];
+const model = { get: (n) => held[n], set: (_, x) => sent.push(x), save_changes() {} };
+Object.assign(model, { on() {}, off() {} });
+render({ model, el: document.querySelector("main") });</script>"""
+
+
+def test_view_that_is_drawn_late_asks_and_shows_how_it_cuts(browser, sweep):
+    page = browser.new_page(viewport={"width": 1000, "height": 900})
+    request = {"key": "gradient", "refit": True, "ranks": [3, 9, 9, 3], "number": 7}
+    table = explorer_table(sweep, sweep_points(sweep), KEYS, live=True)
+    script = SCRIPT.replace("export default { render };", "")
+    held = json.dumps({"table": table, "request": request})
+    page.set_content(LATE % (STYLE, script, held))
+    (asked,) = page.evaluate("sent")
+    assert asked == {**request, "layer": None, "number": 8}
+    assert page.get_by_label("key").input_value() == "gradient"
+    assert page.get_by_label("refit").input_value() == "true"
+    slider = page.get_by_role("slider", name="all layers").bounding_box()
+    assert slider["width"] > 140  # its text goes below where the cell is narrow
 
 
 def test_live_explorer_ends_where_fast_key_presses_leave_it(notebook):

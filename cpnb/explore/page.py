@@ -72,8 +72,8 @@ def explorer_table(
             "break_even": layer.break_even_rank,
         }
         layers.append({"name": name, **numbers})
-    keeps = [n / 100 for n in range(1, 101)] if live else sweep.curve(GLOBAL)["keep"]
-    steps = {keep: sweep.ranks_at(keep).values() for keep in sorted({*keeps, 1.0})}
+    keeps = {*sweep.curve(GLOBAL)["keep"], *(n / 100 for n in range(1, 101) if live)}
+    steps = {keep: sweep.ranks_at(keep).values() for keep in sorted(keeps | {1.0})}
     choices = [[name, key.label] for name, key in keys.items()]
     refit = True if sweep.refit == "weight" else sweep.refit  # two words for the same
     stays = f"{sweep.key}, {keys[sweep.key].label}; λ {_REFITS[refit]}"

@@ -159,7 +159,7 @@ class Plot {
       make(this.frame, "path", { d: `M${x} ${top}V${floor}`, class: "reference" });
       write(x - 5, floor - 7, "end", text);
     }
-    for (const curve of curves) this.curve(curve);
+    for (const curve of curves()) this.curve(curve);
   }
 
   curve({ points, colour = "currentColor", kind = "line", faint = false }) {
@@ -204,7 +204,7 @@ function render({ model, el }) {
   const state = { axis: "*", how: table.base, ranks: table.whole };
   const same = (ranks, others) => ranks.join() === others.join();
   const here = ({ key, refit, ranks }) => same([key, refit, ranks], [...state.how, state.ranks]);
-  let requests = 0;
+  let requests = model.get("request")?.number ?? 0;
 
   // The page, from top to bottom.
   const root = make(el, "div", { class: "cpnb-explorer" });
@@ -249,17 +249,17 @@ function render({ model, el }) {
 
   const cut = section("What is cut");
   make(cut, "p", { class: "note" }, notes.cut);
-  for (const [part, name] of live ? [[0, "key"], [1, "refit"]] : []) {
+  const menus = (live ? ["key", "refit"] : []).map((name, part) => {
     const options = table.choices[name];
     const label = make(cut, "label", { title: notes[name] }, `${name} `);
-    const select = make(label, "select", { "aria-label": name });
-    options.forEach(([, text], n) => make(select, "option", { value: n }, text));
-    select.value = options.findIndex(([value]) => value === state.how[part]);
-    select.addEventListener("change", () => {
-      state.how = state.how.with(part, options[select.value][0]);
+    const menu = make(label, "select", { "aria-label": name });
+    for (const [value, text] of options) make(menu, "option", { value }, text);
+    menu.addEventListener("change", () => {
+      state.how = state.how.with(part, options[menu.selectedIndex][0]);
       move(state.axis, state.ranks, state.value);
     });
-  }
+    return menu;
+  });
 
   const pictures = live && section("Pictures");
   const picture = pictures && make(pictures, "img", { alt: "not drawn yet" });
@@ -276,6 +276,7 @@ function render({ model, el }) {
     navigator.clipboard?.writeText(code.value).catch(() => {}); // it is selected as well
   });
   button("Reset", notes.reset, () => move("*", table.whole, 100));
+  copy.setAttribute("aria-expanded", false);
   const code = make(root, "textarea", { readonly: "", rows: 5, "aria-label": "code" });
   code.hidden = true;
   // JupyterLab takes the arrow keys of whatever has the focus, unless told so.
@@ -296,7 +297,7 @@ function render({ model, el }) {
     return element;
   }
 
-  // A slider over positions, ascending; `set` moves it to the nearest one.
+  // A slider over positions, ascending; `set` moves it to the first not below.
   function slider(parent, name, tip, positions, moved) {
     const label = make(parent, "label", { class: "row", title: tip });
     make(label, "span", { class: "name" }, name);
@@ -358,6 +359,7 @@ function render({ model, el }) {
     const spent = axis === "budget" ? value : 100 * ratio - 1e-9;
     if (budget) budget.set(spent, `${(100 * ratio).toFixed(1)} % of dense`);
     if (cost.open) drawPareto(ratio, mark);
+    menus.forEach((menu, part) => (menu.value = how[part]));
     code.value = code.hidden ? "" : callOf(measured);
   }
 
@@ -374,13 +376,14 @@ function render({ model, el }) {
     const { axis, how, ranks } = state;
     const one = Number.isInteger(axis);
     const curve = (way, at) => (one ? table.along(way, axis, at) : table.alike(way));
-    const curves = [{ points: curve(how, ranks), colour: colours[how.join()] }];
     // Beside it what the table holds, where that is another curve.
     const alone = !one || table.cut(ranks).every((place) => place === axis);
-    if (!alone || !same(how, table.base)) {
-      curves.push({ points: curve(table.base, table.whole), kind: "dashed", faint: true });
-    }
-    const dashed = curves.length > 1 ? " (dashed: as in the table)" : "";
+    const two = !alone || !same(how, table.base);
+    const curves = () => [
+      { points: curve(how, ranks), colour: colours[how.join()] },
+      { points: two ? curve(table.base, table.whole) : [], kind: "dashed", faint: true },
+    ];
+    const dashed = two ? " (dashed: as in the table)" : "";
     const rest = table.parameters(layers.map(() => 0));
     const even = (table.dense - rest) / (table.parameters(table.whole) - rest);
     main.draw([how, table.points.size, axis, ...(one ? ranks.with(axis, "*") : [])], {
@@ -393,11 +396,11 @@ function render({ model, el }) {
   }
 
   function drawLayer(place, plot) {
-    const points = table.along(table.base, place, table.whole);
+    const points = () => table.along(table.base, place, table.whole);
     plot.draw([table.points.size], {
       x: [0, table.whole[place]],
       xLabel: `rank of ${layers[place].name || "layer"}, cut alone`,
-      curves: [{ points, colour: colours[table.base.join()] }],
+      curves: () => [{ points: points(), colour: colours[table.base.join()] }],
       lines: [{ at: layers[place].break_even, text: "" }],
       small: true,
     });
@@ -408,21 +411,21 @@ function render({ model, el }) {
   function drawPareto(ratio, mark) {
     const { how } = state;
     const sized = ([ranks, accuracy]) => [table.parameters(ranks) / table.dense, accuracy];
-    const points = [...table.measured(how)].map(sized);
-    const bought = same(how, table.base) ? table.budgets : [];
-    const front = bought.map(([, ...ranks]) => sized([ranks, table.added(ranks)]));
+    const curves = () => {
+      const points = [...table.measured(how)].map(sized);
+      const budgets = same(how, table.base) ? table.budgets : [];
+      const bought = budgets.map(([, ...ranks]) => sized([ranks, table.added(ranks)]));
+      const above = bought.filter(([, accuracy]) => accuracy > table.lowest);
+      return [
+        { points, kind: "dots", faint: true },
+        { points: table.front(points), kind: "steps", colour: colours.front },
+        { points: above, kind: "dashed", colour: colours.front },
+      ];
+    };
     pareto.draw([how, table.points.size], {
       x: [0, 1.04 * Math.max(1, table.parameters(table.whole) / table.dense)],
       xLabel: "parameters of the network ÷ dense",
-      curves: [
-        { points, kind: "dots", faint: true },
-        { points: table.front(points), kind: "steps", colour: colours.front },
-        {
-          points: front.filter(([, accuracy]) => accuracy > table.lowest),
-          kind: "dashed",
-          colour: colours.front,
-        },
-      ],
+      curves,
       lines: [{ at: 1, text: "dense" }],
     });
     pareto.mark(ratio, ...mark);
@@ -444,7 +447,7 @@ function render({ model, el }) {
     const answer = model.get("answer");
     const { key, refit, ranks, right, error, failure, image, text } = answer;
     if (right !== undefined) table.add([key, refit], ranks, [right, error]);
-    if (here(answer) && failure) state.failure = failure;
+    if (here(answer) && failure) state.failure = words.textContent = failure;
     if (here(answer) && image) {
       picture.src = image;
       picture.alt = words.textContent = text;
@@ -466,6 +469,7 @@ function render({ model, el }) {
   const resized = new ResizeObserver(() => show());
   resized.observe(root);
   if (live) adopt();
+  if (table.accuracy(state.how, state.ranks) === null) ask(); // drawn after it has moved
   return () => {
     resized.disconnect();
     model.off("change:answer", answered);

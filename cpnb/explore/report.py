@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cpnb.convert import cp_layers, replace_layers, to_dense
 from cpnb.cp import break_even_rank, columnwise_kronecker
 from cpnb.layers import CP_KINDS, CPLayer, CPLinear, pad_factors
-from cpnb.train.evaluation import accuracy, images_and_labels, moved
+from cpnb.train.evaluation import accuracy, every_layer, images_and_labels, moved
 
 __all__ = ["cost_table", "count_flops", "to_chain", "truncation_report"]
 
@@ -95,13 +95,8 @@ def count_flops(
     twin = copy.deepcopy(model).eval()
     for layer in cp_layers(twin).values() if chains else ():
         layer.forward_mode = "chain"
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # it passes by the layers
-    try:
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            twin(moved(model, image).clone())
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+    with every_layer(), FlopCounterMode(display=False) as counter, torch.no_grad():
+        twin(moved(model, image).clone())
     # The counter knows a module of several names by another of them.
     names = {module: name for name, module in twin.named_modules()}
     every = twin.named_modules(remove_duplicate=False)
@@ -178,10 +173,11 @@ def cost_table(
     }
     inputs: dict[str, Tensor] = {}
 
-    def note(name: str, layer: nn.Module, arguments: tuple[Any, ...]) -> None:
-        inputs[name] = arguments[0].detach()
+    def note(name: str, layer: nn.Module, arguments: tuple, named: dict) -> None:
+        inputs[name] = (*arguments, *named.values())[0].detach()
 
-    hooks = [m.register_forward_pre_hook(partial(note, n)) for n, m in layers.items()]
+    add: Any = partial(nn.Module.register_forward_pre_hook, with_kwargs=True)
+    hooks = [add(layer, partial(note, name)) for name, layer in layers.items()]
     like = next(twin.parameters())
     twin(torch.randn(*input_shape, device=like.device, dtype=like.dtype))
     for hook in hooks:

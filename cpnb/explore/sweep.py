@@ -18,7 +18,7 @@ from cpnb.convert import cp_layers
 from cpnb.explore.fan_out import Meter, Ranks
 from cpnb.explore.report import count_flops
 from cpnb.layers import CPLayer
-from cpnb.train.evaluation import images_and_labels
+from cpnb.train.evaluation import every_layer, images_and_labels
 from cpnb.train.records import write_text
 from cpnb.truncation import KEYS, RankedLayer, kept_rank, ranked_layers
 
@@ -230,7 +230,8 @@ def rank_sweep(
     distinct = {_point(cut) for cuts in plan.values() for cut in cuts}
     total = len(images) * (len(distinct) - 1)
     unit: Any = {"unit": " images", "unit_scale": True}
-    with tqdm(total=total, desc="rank sweep", disable=not progress, **unit) as bar:
+    bar = tqdm(total=total, desc="rank sweep", disable=not progress, **unit)
+    with bar, every_layer():
         try:
             for axis, cuts in plan.items():
                 new = {_point(cut): cut for cut in cuts if _point(cut) not in right}

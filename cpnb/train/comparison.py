@@ -114,11 +114,7 @@ class Comparison:
 
     @classmethod
     def load(cls, path: str | Path) -> Comparison:
-        """Read a record; a damaged line is left out, with a warning.
-
-        A training that lacks its line in ``runs.csv``, or one of ``curves.csv``, counts
-        as not done.
-        """
+        """Read a record but for damaged lines and trainings without a whole curve."""
         path = Path(path).expanduser()
         plan = json.loads((path / "recipes.json").read_text(encoding="utf-8"))
         recipes = [Recipe(**recipe) for recipe in plan.pop("recipes")]

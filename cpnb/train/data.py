@@ -134,14 +134,15 @@ def as_split(data: Any, split: str = "validation") -> Split:
             "tuple(map(torch.cat, zip(*loader)))."
         )
     images, labels = pair
-    if images.dtype == torch.uint8 or len(images) != len(labels) or not len(labels):
+    is_wrong = labels.ndim != 1 or len(images) != len(labels) or not len(labels)
+    if images.dtype == torch.uint8 or is_wrong:
         raise ValueError(
             f"images have shape {tuple(images.shape)} and dtype {images.dtype}, labels "
-            f"{tuple(labels.shape)}, expected as many of each, at least one, and no "
+            f"{tuple(labels.shape)}, expected a class for each, at least one, and no "
             "bare pixels: scale those first, for example images.float() / 255."
         )
-    if labels.min() < 0:
-        raise ValueError(f"labels go down to {labels.min()}, expected classes from 0.")
+    if (least := labels.long().min()) < 0:
+        raise ValueError(f"labels go down to {least}, expected classes from 0.")
     return Split(images, labels)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -94,6 +96,17 @@ def placement(model: nn.Module, images: Tensor) -> tuple[torch.device, torch.dty
     tensors = chain(model.parameters(), model.buffers())
     first = next((tensor for tensor in tensors if tensor.is_floating_point()), images)
     return first.device, first.dtype if first.is_floating_point() else torch.float32
+
+
+@contextmanager
+def every_layer() -> Iterator[None]:
+    """Run without torch's fast path for transformers, which passes by their layers."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def moved(model: nn.Module, images: Tensor) -> Tensor:

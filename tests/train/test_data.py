@@ -108,12 +108,7 @@ IMAGES, LABELS = torch.zeros(3, 6), torch.zeros(3, dtype=torch.long)
         (as_split, (IMAGES.numpy(), LABELS), TypeError, "or a pair (images, labels) o"),
         (as_split, (IMAGES.byte(), LABELS), ValueError, "dtype torch.uint8, labels (3"),
         (as_split, (IMAGES[:2], LABELS), ValueError, "images have shape (2, 6) and dt"),
-        (
-            as_split,
-            (IMAGES[:0], LABELS[:0]),
-            ValueError,
-            "expected as many of each, at",
-        ),
+        (as_split, (IMAGES[:0], LABELS[:0]), ValueError, "expected a class for each"),
         (as_split, (IMAGES, LABELS - 100), ValueError, "labels go down to -100, expec"),
     ],
     ids=["name", "string", "numpy", "pixels", "lengths", "empty", "negative"],
