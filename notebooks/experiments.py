@@ -369,15 +369,16 @@ def run(options: argparse.Namespace, folder: Path) -> int:
     plan = dict(vars(EXPERIMENTS[name]))
     plan["device"] = device = options.device or plan["device"]
     del plan["title"]
-    if device == "cuda" and not torch.cuda.is_available():
-        print(f"{name} is made for a GPU and there is none; see --device")
-        return 1
-    if options.again:
+    is_missing = device == "cuda" and not torch.cuda.is_available()
+    if options.again and not is_missing:
         shutil.rmtree(folder / name, ignore_errors=True)
     state = status(name, read_results(folder).get(name))
-    if state.startswith("complete"):
+    if state.startswith("complete") and not options.again:
         print(f"{name}: {state}, nothing trained; see --again")
         return 0
+    if is_missing:
+        print(f"{name} is made for a GPU and there is none; see --device")
+        return 1
     pool: Any = nullcontext()
     if options.workers > 1:
         threads = {"initializer": torch.set_num_threads, "initargs": (1,)}

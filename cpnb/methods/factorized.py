@@ -367,14 +367,15 @@ class FrobeniusDecay:
                 "expected exactly one above 0 to take over. Pass mu."
             )
         mu = decays.pop() if self.mu is None else self.mu
+        decoupled = isinstance(optimizer, torch.optim.AdamW)
         for layer in factored_layers(model).values():
             for factor, gradient in _gradients(layer):
                 total: Any = factor.grad
                 if self.scale or factor is not getattr(layer, "scale", None):
                     total.add_(gradient, alpha=mu)
                 group = own.get(factor, {"weight_decay": 0.0})
-                if group.get("decoupled_weight_decay"):  # AdamW: p ← (1 - lr·decay) p
-                    factor.data /= 1 - group["lr"] * group["weight_decay"]
+                if decoupled or group.get("decoupled_weight_decay"):
+                    factor.data /= 1 - group["lr"] * group["weight_decay"]  # AdamW's
                 else:
                     total.sub_(factor.detach(), alpha=group["weight_decay"])
 
