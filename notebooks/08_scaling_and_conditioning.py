@@ -12,7 +12,7 @@
 # 1. rescale a network without changing its outputs, batch norm and the optimizer's
 #    memory included;
 # 2. say what a bad scale does to the curvature, and so to the learning rate;
-# 3. tell from the row norms whether equilibration will lower a condition number.
+# 3. tell from the row norms whether conditioning will lower a condition number.
 #
 # **You need** the chain rule, singular values, and `02_canonical_weight_normalization`.
 #
@@ -415,10 +415,10 @@ scales
 #
 # Plain SGD, constant rate. Every start chooses its **own rate** on the validation
 # images; only the network of that rate meets the test images, once. SBWN and balancing
-# repair after every step; conditioning (section 7) works inside the forward pass and
-# does *not* keep the function. The spread is 0.7, a typical factor of $10^{0.7} = 5$. A
-# diverged run counts as guessing, 10 %. (What follows depends a little on the
-# processor.)
+# repair at the start and after every step; conditioning (section 7) works inside the
+# forward pass and does *not* keep the function. The spread is 0.7, a typical factor of
+# $10^{0.7} = 5$. A diverged run counts as guessing, 10 %. (What follows depends a
+# little on the processor.)
 #
 # **Predict:** will the ill scaled network train at all? At a smaller or a larger rate?
 
@@ -510,7 +510,7 @@ verdicts.assign(told_apart=[gaps[method].told_apart for method in verdicts.index
 # %% [markdown]
 # Even with its own rate, an ill scaled start costs eleven points. But starts differ:
 # the worst reaches 64 %, the best 95 %, at rates from 0.003 to 0.1. One start tells
-# little, and one rate for all ten serves them badly. In validation:
+# little, and one rate for all ten costs three points. In validation:
 
 # %%
 means = runs.groupby(["method", "rate"], sort=False).validation.mean().unstack(0)
@@ -522,8 +522,9 @@ assert FAST or gain["ill scaled"] > 0.025 > gain["ill + SBWN"]
 shared.round(3)
 
 # %% [markdown]
-# SBWN and balancing bring accuracy and rates back. Conditioning does not: the columns
-# keep the scales of the layer below, the biases their own.
+# SBWN and balancing bring accuracy and rates back. Conditioning brings back the rates
+# but not the accuracy: the columns keep the scales of the layer below, the biases their
+# own.
 #
 # ## 6. The curvature
 #
@@ -583,17 +584,18 @@ for method, values in middle.items():
 ax.axhline(1, color="#333333", linestyle=":")
 ax.set(yscale="log", xlabel="epoch", ylabel="sharpness · rate / 2")
 ax.legend(loc="upper right")
-ax.set_title("from the first epoch on, all are near 1")
+ax.set_title("after an epoch all four are within a factor of four of 1")
 plt.show()
 
 # %% [markdown]
 # **Figure:** sharpness times half the rate, geometric mean of two seeds, with the limit
-# of section 3 as a dotted line at 1: the ill scaled network (triangles down) starts
-# thirty times above it and the others between 0.1 and 2, and after an epoch all four
-# stay between 0.3 and 3.5.
+# of section 3 as a dotted line at 1: the ill scaled network (triangles down) starts at
+# thirty times it and the others between 0.1 and 2, and after an epoch all four stay
+# between 0.4 and 2.4.
 #
-# The catapult again, and then the *edge of stability* (Cohen et al. 2021,
-# [arXiv:2103.00065](https://arxiv.org/abs/2103.00065)).
+# For the ill scaled network the catapult again; then all are near the *edge of
+# stability* (Cohen et al. 2021, [arXiv:2103.00065](https://arxiv.org/abs/2103.00065),
+# found for full batches).
 #
 # ## 7. Conditioning the weights
 #
@@ -603,7 +605,7 @@ plt.show()
 # singular value; below full rank $s_{\min} = 0$ and $\kappa = \infty$. (Two softer
 # measures stay finite there: the *stable rank* $\|W\|_F^2/s_{\max}^2$, and the
 # *effective rank* $\exp(-\sum p_i\ln p_i)$ with $p_i = s_i/\sum s$.) Conditioning uses
-# $E W$ in place of $W$ with
+# $E W$ (in our networks $\sqrt2\,E W$, for ReLU) in place of $W$ with
 #
 # $$E = \mathrm{diag}(1/\|W_1\|, \dots, 1/\|W_O\|),$$
 #
@@ -701,8 +703,8 @@ pd.concat(tables).round(1)
 
 # %% [markdown]
 # In the well scaled network there is little to repair. In the ill scaled one, $\kappa$
-# of `conv2` falls from 3,104 to 4.5 with even rows. Yet in the race it was far behind:
-# **the $\kappa$ of single kernels does not tell how a network trains.**
+# of `conv2` falls from 3,104 to 4.5 with even rows. Yet that network was far behind in
+# the race: **the $\kappa$ of single kernels does not tell how a network trains.**
 #
 # Two relations: conditioning has the gradient of weight normalization with frozen
 # lengths; and a CP layer keeps its rank, as $E$ scales the rows of one factor.
@@ -739,7 +741,7 @@ assert FAST or apart == ["ill scaled", "ill + conditioned"]
 
 # %% [markdown]
 # **Yes, to gradient descent.** Test accuracy after 6 epochs of plain SGD, n = 10, each
-# start at its own rate; intervals of 95 %:
+# start at its own rate; mean ± standard deviation, differences ± 95 % interval:
 #
 # - Networks as torch drew them reach 96.0 ± 2.6 %. The same functions with rows spread
 #   by a factor of five start 700 to 100,000 times as sharp, need smaller rates, and
@@ -749,7 +751,7 @@ assert FAST or apart == ["ill scaled", "ill + conditioned"]
 #   and +1.2 ± 1.9). On even scales we ran neither.
 # - Conditioning repairs uneven rows of a matrix, not an ill scaled network:
 #   86.1 ± 5.0 %, −9.97 ± 3.35 points, told apart. On the well scaled one +0.8 ± 2.1,
-#   not told apart, at a rate ten times smaller.
+#   not told apart, at rates of 0.01 to 0.03.
 #
 # **How far this reaches.** One small network and data set, and an illness that we made:
 # torch's own rows are even. SBWN's scales and schedule are ours.
