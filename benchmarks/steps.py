@@ -84,6 +84,7 @@ def main():
     chip = torch.cuda.get_device_name() if is_gpu else platform.machine()
     print(f"AlexNet, rank {options.rank:g} of break-even, {chip}, ", end="")
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}", flush=True)
+    torch.set_float32_matmul_precision("high")  # TF32, as convolutions have it
     begin = time.monotonic()
     groups = [*itertools.product(options.batches, ["float32", "bfloat16"])]
     groups += [(options.batches[0], "CUDA graph")] if is_gpu else []

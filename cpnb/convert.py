@@ -376,14 +376,9 @@ def lost_state(layer: Any) -> str | None:
 
 def has_hooks(layer: nn.Module) -> bool:
     """Whether a layer or one of its parameters has hooks."""
-    hooks = (
-        layer._forward_hooks,
-        layer._forward_pre_hooks,
-        layer._backward_hooks,
-        layer._backward_pre_hooks,
-        *(parameter._backward_hooks for parameter in layer.parameters()),
-    )
-    return any(hooks)
+    own = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks)
+    others = (parameter._backward_hooks for parameter in layer.parameters())
+    return any((*own, layer._backward_pre_hooks, *others))
 
 
 def _refuse_tied(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:

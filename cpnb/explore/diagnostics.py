@@ -103,9 +103,8 @@ def spectrum_report(model: nn.Module) -> pd.DataFrame:
             inside.update(module.modules())
             shape = {"shape": "×".join(map(str, weight.shape))}
             rows[name or type(module).__name__] = shape | spectrum(module)._asdict()
-    return pd.DataFrame.from_dict(rows, orient="index").drop(
-        columns="singular_values", errors="ignore"
-    )
+    table = pd.DataFrame.from_dict(rows, orient="index")
+    return table.drop(columns="singular_values", errors="ignore")
 
 
 class StepSpectrum(NamedTuple):
@@ -136,7 +135,7 @@ def step_spectrum(
     from scipy.sparse import linalg
 
     holder: Any = nn.Module()
-    holder.layer = copy.deepcopy(layer).double()
+    holder.layer = copy.deepcopy(layer).double().cpu()  # where SciPy computes
     holder.forward = lambda: holder.layer.weight
     named = [pair for pair in holder.named_parameters() if pair[1].requires_grad]
     values = {name: p for name, p in named if not name.endswith("bias")}

@@ -99,8 +99,7 @@ def count_flops(
         twin(moved(model, image).clone())
     # The counter knows a module of several names by another of them.
     names = {module: name for name, module in twin.named_modules()}
-    every = twin.named_modules(remove_duplicate=False)
-    own = {path: names[module] for path, module in every}
+    own = {p: names[m] for p, m in twin.named_modules(remove_duplicate=False)}
     paths = {n.partition(".")[2]: x for n, x in counter.get_flop_counts().items()}
     return Counter({own.get(p, p): sum(x.values()) for p, x in paths.items()})
 

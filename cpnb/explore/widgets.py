@@ -102,10 +102,8 @@ def _control(name: str, values: Any) -> Any:
     if not all(isinstance(value, int | float) for value in values):
         return ipywidgets.Dropdown(options=values, description=name)
     look = {"description": name, "readout": False, "layout": {"width": "560px"}}
-    texts = [str(x) if isinstance(x, int) else f"{x:.4g}" for x in values]
-    return ipywidgets.SelectionSlider(
-        options=list(zip(texts, values, strict=True)), **look
-    )
+    options = [(str(x) if isinstance(x, int) else f"{x:.4g}", x) for x in values]
+    return ipywidgets.SelectionSlider(options=options, **look)
 
 
 def _named(control: Any) -> Any:

@@ -133,6 +133,7 @@ class Rescaling:
             )
         self.layers = _read_layers(model)
         self._rows = torch.cat([layer.rows.flatten() for layer in self.layers])
+        self._counts = torch.bincount(self._rows)
         # Units whose scales are chosen together, with their writers and readers.
         self._steps: list[tuple[Tensor, list[Layer], list[Layer]]] = []
         seen = self._rows.new_tensor([FIXED])
@@ -164,7 +165,7 @@ class Rescaling:
     def sweep_(self, model: nn.Module, optimizer: Optimizer | None) -> Tensor:
         """Choose scales from the input to the output, apply them, and say the rows'."""
         squares = {layer.name: layer.squares(model) for layer in self.layers}
-        counts = torch.bincount(self._rows).to(squares[self.layers[0].name])
+        counts = self._counts.to(squares[self.layers[0].name])
         scales = torch.ones_like(counts)
         for units, writers, readers in self._steps:
             rows, columns = torch.zeros_like(scales), torch.zeros_like(scales)
@@ -199,7 +200,7 @@ class Rescaling:
             layer.unit.mul_(math.sqrt(2 * len(layer.weight)) / layer.weight.norm())
         images = self.images[:16].to(next(twin.parameters()))
         scores = twin(images)
-        drawn = torch.rand(len(torch.bincount(self._rows)), generator=generator)
+        drawn = torch.rand(len(self._counts), generator=generator)
         scales = (4 ** (2 * drawn - 1)).to(images)  # from ¼ to 4
 
         def keeps_scores(units: Tensor) -> bool:

@@ -128,6 +128,6 @@ class Batches:
             yield self._ready(images), self.labels[order[part]]
 
     def _ready(self, images: Tensor) -> Tensor:
-        if not self._is_innermost:  # contiguous() leaves one channel innermost
-            images = images.flatten().view(images.shape)
+        # Flat first, as contiguous() leaves one channel innermost.
+        images = images if self._is_innermost else images.flatten().view(images.shape)
         return standardize(images, self._mean, self._std, self._dtype)

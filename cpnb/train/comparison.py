@@ -11,7 +11,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Executor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from operator import itemgetter
@@ -126,8 +126,9 @@ class Comparison:
         epochs = Counter(map(_cell, tables[1]))
         done = {_cell(run) for run in tables[0] if epochs[_cell(run)] == run["epochs"]}
         if lacking := sum(_cell(run) not in done for run in tables[0]):
-            text = f"{path}: {lacking} trainings without whole curves are left out."
-            warnings.warn(text, stacklevel=2)
+            warnings.warn(
+                f"{path}: {lacking} trainings lack whole curves", stacklevel=2
+            )
         found.add(*([row for row in rows if _cell(row) in done] for rows in tables))
         return found
 
@@ -367,14 +368,19 @@ def _run(tasks: list[tuple], executor: Executor | None, take: Any, end: float) -
             if time.monotonic() < end:
                 take(*train_cell(*task))
         return
-    waiting = {executor.submit(train_cell, *task) for task in tasks}
+    # A pool begins what is submitted to it, and one more; a cluster has a queue.
+    most = getattr(executor, "_max_workers", len(tasks))
+    left, waiting = iter(tasks), set[Future]()
     try:
-        for future in as_completed(list(waiting)):
-            if not future.cancelled():
+        while True:
+            room = most - len(waiting) if time.monotonic() < end else 0
+            new = itertools.islice(left, room)
+            waiting |= {executor.submit(train_cell, *task) for task in new}
+            if not waiting:
+                break
+            for future in wait(waiting, return_when=FIRST_COMPLETED).done:
                 take(*future.result())
-            waiting.remove(future)
-            for other in waiting if time.monotonic() > end else ():
-                other.cancel()
+                waiting.remove(future)
     finally:  # after Ctrl-C or an error: begin nothing, lose nothing that ended
         for future in waiting:
             if not future.cancel() and future.done() and not future.exception():

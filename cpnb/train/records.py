@@ -84,7 +84,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 @cache
 def _commit() -> str | None:
-    """Commit of this source, "-dirty" where the package differed when first asked."""
+    """Commit of this source, "-dirty" where it differed; else that of CPNB_COMMIT."""
     package = Path(__file__).parents[1]
     git = partial(check_output, cwd=package.parent, stderr=DEVNULL, text=True)
     try:
@@ -93,5 +93,5 @@ def _commit() -> str | None:
         commit = git(["git", "rev-parse", "HEAD"]).strip()
         changes = git(["git", "status", "--porcelain", "-uno", "--", package.name])
     except (OSError, CalledProcessError):
-        return None
+        return os.environ.get("CPNB_COMMIT")
     return f"{commit}-dirty" if changes else commit
