@@ -685,7 +685,8 @@ if not FAST:
 # points below the dense network, told apart.
 #
 # **CIFAR-10 goes with the digits:** FD alone hurts, SI alone is not told apart from
-# nothing, and the interaction, +2.83 ± 1.26, is positive. But thin layers are far from dense: 65 % at best against 75.7, and FD hurts CP, too.
+# nothing, and the interaction, +2.83 ± 1.26, is positive. But thin layers are far from
+# dense: 65 % at best against 75.7, and FD hurts CP, too.
 #
 # **How far this reaches.** Two small networks, twelve epochs, one weight decay each; a
 # test image of the digits is 0.28 points. Not shown: whether thin layers are faster
@@ -696,7 +697,8 @@ if not FAST:
 # - **Where to start:** Kaiming's rule on each factor makes the variance of a 3×3 kernel
 #   six times too large. SI is balanced and nearest to the dense start, of which it
 #   keeps 19 % of $\|W\|^2$ at 11 % of the parameters.
-# - **What to press on:** decay on factors is a penalty on the nuclear norm, and on rank. FD is decay of the product.
+# - **What to press on:** decay on factors is a penalty on the nuclear norm, and on
+#   rank. FD is decay of the product.
 # - **The grid**, digits at a tenth of the parameters, five seeds: dense 99.6 %, SI and
 #   SI+FD 99.4 %, neither 98.6 %, FD alone 96.9 %. In points, SI alone gives +0.84 ±
 #   0.60 (paper −1.07), FD alone −1.67 ± 1.01 (−0.67), the interaction is +1.62 ± 0.96
