@@ -16,7 +16,7 @@
 #
 # **You need** `02_canonical_weight_normalization`, and singular values.
 #
-# **Time, measured on two CPU cores:** 3.6 minutes; fast mode 0.7. The text states what
+# **Time, measured on two CPU cores:** 2.6 minutes; fast mode 0.6. The text states what
 # the full mode printed; another processor may change the last digits.
 
 # %%
