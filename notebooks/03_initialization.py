@@ -835,7 +835,7 @@ print(f"unified {cut['unified']:.0f} %")
 #
 # - *Worth*: ahead of unified in every row; least, 0.4 points, in the longest training.
 #   Cut to half of its components, LeNet still reads 82 % of the images, from the
-#   unified start 43 % (three networks each, not told apart).
+#   unified start 43 % (notebook 05: three networks each, not told apart).
 # - *Cost*: once 0.2 to 1.5 s in these networks, 2 to 7 % of an epoch.
 # - *Where it does not matter*: notebook 07 does not tell the two apart, with batch
 #   norm, which repairs a wrong variance, and a dense last layer.

@@ -399,7 +399,7 @@ for name in ("none", "weight"):
 #
 # ## 8. Choose for yourself
 #
-# The figures above hold what matters; with a kernel you can look at any record.
+# The figures above hold what matters; with Python running you can look at any record.
 
 
 # %%

@@ -576,11 +576,11 @@ for (name, points), most in zip(aims.items(), (0.3, 1), strict=True):
     print(f"{name}: {lost_points(points, most)}, n = {len(points)}")
 
 # %% [markdown]
-# Whole, all read 98.5 to 99.1 %. At a half they do not meet the authors' 95.6 %: the
-# power start keeps 82 ± 6 %, the one network that was trained as long as theirs 89.7.
-# Start, ranks and epochs move the mean by 39, 11 and 5 points, but with such scatter
-# three networks tell none of them apart from nothing. Nested training is told apart:
-# 98.5 %, for 0.2 points of the whole network. Here both aims are reached.
+# Whole, all read 98.5 to 99.1 %. At a half plain training does not meet the authors'
+# 95.6 %: the power start keeps 82 ± 6 %, the one network that was trained as long as
+# theirs 89.7. Start, ranks and epochs move the mean by 39, 11 and 5 points, but with
+# such scatter three networks tell none of them apart from nothing. Nested training is
+# told apart: 98.5 %, for 0.2 points of the whole network. Here both aims are reached.
 #
 # ## 9. The explorer
 #

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import cpnb
+from cpnb.methods import first_and_last
 from cpnb.train import Comparison, Recipe, build, comparison, load_data
 from cpnb.train.data import Dataset, Split
 
@@ -81,13 +82,16 @@ def test_recipes_of_experiments_train_a_step(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("row", range(1, 7))
-def test_compressed_networks_hold_a_tenth_of_the_parameters(row):
-    recipes = EXPERIMENTS["cifar10-resnet32-tenth"].recipes
+@pytest.mark.parametrize("name", ["cifar10-resnet32-tenth", "cifar10-small-15"])
+def test_compressed_networks_hold_their_share_of_the_parameters(name, row):
+    share = 0.1 if name.endswith("tenth") else 0.25
+    recipes = EXPERIMENTS[name].recipes
     pixels = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
     data = example(pixels, [(0.0,) * 3, (1.0,) * 3])
     dense, small = (build(recipe, data, 0) for recipe in (recipes[0], recipes[row]))
-    assert 0.09 < count(small) / count(dense) <= 0.1
-    assert type(small.conv1) is torch.nn.Conv2d and type(small.fc) is torch.nn.Linear
+    assert 0.9 * share < count(small) / count(dense) <= share
+    for end in first_and_last(dense):
+        assert type(small.get_submodule(end)).__module__.startswith("torch.nn.modules")
 
 
 def test_unified_small_has_the_variance_of_torchs_default():
